@@ -1,0 +1,1 @@
+"""What the bots share: loading a model, encoding a conversation, streaming its reply."""

@@ -1,0 +1,94 @@
+"""What a bot can be configured with: the typed arguments of the `build` functions.
+
+serve run textbot:build model=./my-model max_new_tokens=64
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
+
+from serving.encoding import reply_limit
+from serving.loading import check_model
+from serving.locating import EMBEDDED
+
+DEFAULT_MODEL = "microsoft/DialoGPT-small"
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_BATCH_WAIT_S = 0.02
+
+
+class BotArguments(BaseModel, extra="forbid"):
+    """What all bots take, on the command line or as `args:` in a Serve config file."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hub id, folder, or <folder or hub id>:<file>.gguf. By default "
+        "microsoft/DialoGPT-small, or the embedded model where that cannot be had.",
+    )
+    max_new_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="The most tokens of a reply; a request may ask for fewer. By default 256, or "
+        "half the model's context if that is less.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="Number format of the weights; auto is the model's own."
+    )
+    system_prompt: str | None = Field(
+        default=None, description="Instructions that begin every conversation."
+    )
+    num_cpus: float = Field(default=1.0, ge=0, description="Cores that Ray reserves per replica.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves per replica.")
+    num_replicas: PositiveInt | Literal["auto"] = Field(
+        default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
+    )
+
+    def deployment_options(self) -> dict[str, Any]:
+        """For `Deployment.options`."""
+        return {
+            "num_replicas": self.num_replicas,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+        }
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """For `Deployment.bind`, checked as far as that is possible before anything is deployed.
+
+        A model that is named is never replaced by another: ModelError is raised if it cannot be
+        loaded, ValueError if `max_new_tokens` leaves no room for a prompt in its context.
+        """
+        arguments = self.model_dump(include={"max_new_tokens", "dtype", "system_prompt"})
+        if self.model is None:
+            return arguments | {"model": DEFAULT_MODEL, "fallback": EMBEDDED}
+        name, context = check_model(self.model)
+        reply_limit(self.max_new_tokens, context)
+        return arguments | {"model": name}
+
+
+class ChatbotArguments(BotArguments):
+    end_of_response: str = Field(
+        default="<>",
+        min_length=2,  # a piece of a reply that equals it is sent in two frames
+        description="The marker that follows each reply in a frame of its own.",
+    )
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        return super().constructor_arguments() | {"end_of_response": self.end_of_response}
+
+
+class BatchSettings(BaseModel, extra="forbid"):
+    """What may change while a Batchbot runs, through `user_config`."""
+
+    max_batch_size: int = Field(
+        default=DEFAULT_BATCH_SIZE, gt=0, description="Prompts in one run of the model, at most."
+    )
+    batch_wait_timeout_s: float = Field(
+        default=DEFAULT_BATCH_WAIT_S,
+        ge=0,
+        description="Seconds that a prompt waits for others to join it.",
+    )
+
+
+class BatchbotArguments(BotArguments, BatchSettings):
+    def deployment_options(self) -> dict[str, Any]:
+        settings = self.model_dump(include=set(BatchSettings.model_fields))
+        return super().deployment_options() | {"user_config": settings}

@@ -1,0 +1,76 @@
+"""A conversation to token ids that fit the model's context.
+
+A conversation is a list of turns in the form of chat templates,
+`{"role": "system" | "user" | "assistant", "content": text}`: perhaps a system prompt, then
+prompts and replies by turns, a prompt last.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+Turn = dict[str, str]
+
+# No text of more bytes can be worth tokenizing: real text has 3 to 6 bytes a token.
+MAX_BYTES_PER_TOKEN = 64
+
+
+class PromptTooLong(ValueError):
+    """A prompt that does not fit the context, even with all earlier exchanges dropped."""
+
+
+def begin(system_prompt: str | None) -> list[Turn]:
+    """A conversation in which nobody has spoken yet."""
+    return [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+
+def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    """Token ids of the conversation, ready for the reply: at most `room` of them.
+
+    Drops from `conversation` the oldest exchanges (a prompt and its reply), one by one, until it
+    fits; the system prompt stays. What is dropped never fits again, so it is dropped for good.
+    Raises PromptTooLong if the last prompt does not fit alone.
+    """
+    prompt = conversation[-1]["content"]
+    size, allowed = len(prompt.encode()), room * MAX_BYTES_PER_TOKEN
+    if size > allowed:
+        raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
+    first = 1 if conversation[0]["role"] == "system" else 0
+    while len(ids := tokenize(conversation, tokenizer)) > room:
+        if len(conversation) - first == 1:
+            raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room} fit")
+        del conversation[first : first + 2]
+    return ids
+
+
+def tokenize(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids by the tokenizer's chat template where it has one.
+
+    Else by DialoGPT's convention, in which every turn ends with the end-of-sequence token
+    (https://huggingface.co/microsoft/DialoGPT-small).
+    """
+    if tokenizer.chat_template is not None:
+        encoded = tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # what is too long is said by PromptTooLong
+        )
+    else:
+        eos = tokenizer.eos_token or ""
+        text = "".join(turn["content"] + eos for turn in conversation)
+        encoded = tokenizer(text, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def reply_limit(max_new_tokens: int | None, context: int) -> int:
+    """The most tokens that a reply may have, such that a prompt still fits beside it.
+
+    By default 256, or half the context of a model that has no more than that.
+    """
+    if max_new_tokens is None:
+        return min(256, context // 2)
+    if not 0 < max_new_tokens < context:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}: from 1 to {context - 1} are possible, since "
+            f"prompt and reply share the model's context of {context} tokens"
+        )
+    return max_new_tokens

@@ -1,0 +1,102 @@
+"""A language model by name: from the hub, a folder, GGUF weights, or the embedded one."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from serving.locating import ModelError, Source, locate
+
+logger = logging.getLogger("ray.serve")
+
+
+class LoadedModel(NamedTuple):
+    name: str  # what answers, for the header X-Model
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: int  # tokens that a prompt and its reply may have together
+
+
+def load_model(name: str, dtype: str = "float32", fallback: str | None = None) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    `name` is a hub id, a folder, `<folder or hub id>:<file>.gguf`, or "tiny-dialog", the embedded
+    model. If it cannot be had, `fallback` is loaded in its place, with a warning; without one,
+    ModelError is raised. Replies are greedy, whatever the model's generation_config.json says.
+    """
+    try:
+        source = locate(name)
+        config, tokenizer = read(source)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.place, config=config, dtype=dtype, **source.options
+            )
+        except Exception as error:
+            raise source.problem("the weights cannot be loaded", error) from error
+    except ModelError as error:
+        if fallback is None:
+            raise
+        logger.warning(f"{error}. Until then the model {fallback} answers in its place.")
+        return load_model(fallback, dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    reply_greedily(model, tokenizer)
+    return LoadedModel(name, model, tokenizer, context_length(config, tokenizer))
+
+
+def check_model(name: str) -> tuple[str, int]:
+    """Read a model's configuration and tokenizer, which is quick, without its weights.
+
+    Returns its name, with an absolute folder, and its context length. Raises ModelError for what
+    load_model would find out only when a replica starts.
+    """
+    source = locate(name)
+    return source.name, context_length(*read(source))
+
+
+def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The model's configuration and tokenizer, without its weights."""
+    try:
+        config = AutoConfig.from_pretrained(source.place, **source.options)
+    except Exception as error:
+        raise source.problem("the configuration cannot be read", error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise source.problem(f"{config.model_type} is not a causal language model")
+    try:
+        return config, AutoTokenizer.from_pretrained(source.place, **source.options)
+    except Exception as error:
+        raise source.problem("the tokenizer cannot be read", error) from error
+
+
+def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that fit the model; a huge number for an architecture without a limit."""
+    text_config = config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if isinstance(length := getattr(text_config, name, None), int):
+            return length
+    return int(tokenizer.model_max_length)
+
+
+def reply_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take sampling, beams and length limits out of the model's generation config."""
+    generation = model.generation_config
+    generation.do_sample = False
+    generation.num_beams = 1
+    generation.max_length = None
+    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+        setattr(generation, name, None)
+    # The chat template may end a turn with another token than the model's configuration knows.
+    ends = generation.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    generation.eos_token_id = sorted(end for end in ends if end is not None) or None
+    if generation.pad_token_id is None:  # what follows the end of a row: any token will do
+        pads = [tokenizer.pad_token_id, *(generation.eos_token_id or []), 0]
+        generation.pad_token_id = next(pad for pad in pads if pad is not None)

@@ -1,0 +1,62 @@
+"""What a caller asks for: a prompt and its options, from the query or a JSON body, checked."""
+
+import json
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from ray import serve
+
+
+class TextRequest(BaseModel):
+    """What a caller asks for, once it is known to be possible."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    max_new_tokens: int
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("a blank prompt has no reply")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the prompt has a lone surrogate, which is no character") from None
+        return prompt
+
+    @field_validator("max_new_tokens")
+    @classmethod
+    def _check_max_new_tokens(cls, value: int, info: ValidationInfo) -> int:
+        limit = (info.context or {})["limit"]
+        if not 0 < value <= limit:
+            raise ValueError(f"from 1 to {limit} tokens are possible")
+        return value
+
+
+async def read_request(request: Request) -> TextRequest:
+    """The request's parameters: from the query, or from a JSON body with the same names.
+
+    A request that does not limit the reply gets the deployment's `max_new_tokens`, and none may
+    ask for more. Raises RequestValidationError (422), which names the field.
+    """
+    limit = serve.get_replica_context().servable_object.max_new_tokens
+    given, place = {"max_new_tokens": limit, **request.query_params}, "query"
+    if body := await request.body():
+        place = "body"
+        try:
+            if not isinstance(fields := json.loads(body), dict):
+                raise ValueError
+            given |= fields
+        except (ValueError, RecursionError):
+            problem = {"type": "json_invalid", "msg": "the body is not a JSON object"}
+            raise RequestValidationError([problem | {"loc": ("body",)}]) from None
+    try:
+        return TextRequest.model_validate(given, context={"limit": limit})
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError(
+            [problem | {"loc": (place, *problem["loc"])} for problem in problems]
+        ) from None

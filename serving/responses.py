@@ -1,0 +1,80 @@
+"""What every bot answers with: text as it comes, the model's name, and errors as JSON."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.encoding import PromptTooLong
+
+
+class TextStream(StreamingResponse):
+    """Text as it comes, plain UTF-8, whose source is closed however the stream ends.
+
+    Starlette alone leaves the source to the garbage collector if the client goes away while a
+    chunk is being sent, and until then the model would generate for nobody.
+    """
+
+    media_type = "text/plain"
+
+    def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
+        self.rest = rest
+
+        async def body() -> AsyncGenerator[str]:
+            yield first
+            async for chunk in rest:
+                yield chunk
+
+        super().__init__(body())
+
+    @classmethod
+    async def start(cls, chunks: AsyncGenerator[str]) -> "TextStream":
+        """Wait for the first chunk: a failure before it can still become a status code."""
+        return cls(await anext(chunks, ""), chunks)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.rest.aclose()
+
+
+def model_header() -> dict[str, str]:
+    """What answered: the name of this replica's model, in ASCII as headers are."""
+    return {"X-Model": quote(serve.get_replica_context().servable_object.model_name, safe="/:@ ")}
+
+
+class NameTheModel:
+    """ASGI middleware that puts `X-Model` on every response and WebSocket handshake."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                MutableHeaders(scope=message).update(model_header())
+            await send(message)
+
+        await self.app(scope, receive, send_named)
+
+
+async def too_long(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=413)
+
+
+async def failed(request: Request, error: Exception) -> JSONResponse:
+    """A failure before the first byte. Serve logs its traceback; callers only learn its kind."""
+    detail = f"the reply failed: {type(error).__name__}"
+    # This response does not pass through the middleware.
+    return JSONResponse({"detail": detail}, status_code=500, headers=model_header())
+
+
+MIDDLEWARE = [Middleware(NameTheModel)]
+EXCEPTION_HANDLERS: dict[int | type[Exception], Any] = {PromptTooLong: too_long, Exception: failed}

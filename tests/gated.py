@@ -1,0 +1,150 @@
+"""The real bots with a gate before each step of the model, so that tests decide what happens when.
+
+A test lets the model take some steps, does what it is about (reads, disconnects, asks again),
+waits for the events that this causes in the replica, and lets the model go on.
+"""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+import ray
+from ray import serve
+
+from batchbot import Batchbot, Row
+from chatbot import Chatbot
+from serving.streaming import ReplyStreamer
+from textbot import Textbot
+
+HANG_S = 60  # only bounds a hang
+
+
+@ray.remote(num_cpus=0)
+class GateActor:
+    """Counts the events of one bot: "submitted" to the model's thread, "step", "left" a stream."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Condition()
+        self.set(math.inf, None)
+
+    def set(self, steps: float, fail_at: int | None) -> None:
+        self.events: Counter[str] = Counter()
+        self.allowed, self.fail_at = steps, fail_at
+
+    async def release(self, steps: float) -> None:
+        async with self.changed:
+            self.allowed += steps
+            self.changed.notify_all()
+
+    async def record(self, event: str) -> None:
+        async with self.changed:
+            self.events[event] += 1
+            self.changed.notify_all()
+
+    async def step(self) -> bool:
+        """Wait for leave to take a step; return whether it is to fail."""
+        await self.record("step")
+        step = self.events["step"]
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.allowed >= step)
+        return step == self.fail_at
+
+    async def wait(self, event: str, count: int) -> None:
+        async with self.changed:
+            await asyncio.wait_for(
+                self.changed.wait_for(lambda: self.events[event] >= count), HANG_S
+            )
+
+    def count(self, event: str) -> int:
+        return self.events[event]
+
+
+class Gate:
+    """A test's view of the gate of one bot."""
+
+    def __init__(self) -> None:
+        self.actor = GateActor.remote()
+
+    def open(self) -> None:
+        """Let the model run freely, and forget what happened."""
+        ray.get(self.actor.set.remote(math.inf, None))
+
+    def hold_after(self, steps: int) -> None:
+        """Let the model take some steps and hold it before the next; forget what happened."""
+        ray.get(self.actor.set.remote(steps, None))
+
+    def fail_at(self, step: int) -> None:
+        """Let the model run, and fail at a step, from 1."""
+        ray.get(self.actor.set.remote(math.inf, step))
+
+    def release(self, steps: float = math.inf) -> None:
+        ray.get(self.actor.release.remote(steps))
+
+    def wait(self, event: str, count: int) -> None:
+        """Wait until something has happened so many times."""
+        ray.get(self.actor.wait.remote(event, count))
+
+    def count(self, event: str) -> int:
+        return ray.get(self.actor.count.remote(event))
+
+
+class ReportingThread(ThreadPoolExecutor):
+    def __init__(self, gate: Any) -> None:
+        super().__init__(max_workers=1)
+        self.gate = gate
+
+    def submit(self, *args: Any) -> Future[Any]:
+        future = super().submit(*args)
+        self.gate.record.remote("submitted")
+        return future
+
+
+class Gated:
+    async def __init__(self, gate: Any, **arguments: Any) -> None:
+        await super().__init__(**arguments)
+        self.gate = gate
+        self.model_thread = ReportingThread(gate)
+        self.model.register_forward_pre_hook(self.before_step)
+
+    def before_step(self, *_: Any) -> None:
+        if ray.get(self.gate.step.remote()):
+            raise RuntimeError("this step was told to fail")
+
+
+class GatedText(Gated):
+    async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
+        try:
+            async with aclosing(super().consume_streamer(streamer)) as chunks:
+                async for text in chunks:
+                    yield text
+        finally:
+            self.gate.record.remote("left")
+
+
+class GatedTextbot(GatedText, Textbot.func_or_class):
+    pass
+
+
+class GatedChatbot(GatedText, Chatbot.func_or_class):
+    pass
+
+
+class GatedBatchbot(Gated, Batchbot.func_or_class):
+    async def stream_row(self, row: Row) -> AsyncGenerator[str]:
+        try:
+            async with aclosing(super().stream_row(row)) as chunks:
+                async for text in chunks:
+                    yield text
+        finally:
+            self.gate.record.remote("left")
+
+
+def gated(bot: type, original: serve.Deployment) -> serve.Deployment:
+    """A deployment of a gated bot with the options of the original."""
+    return serve.deployment(bot).options(
+        name=original.name, max_ongoing_requests=original.max_ongoing_requests
+    )

@@ -1,0 +1,59 @@
+"""A real GPT-2 that writes a given text, for what a trained model would say only by chance."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+EOS = "<|endoftext|>"
+
+
+def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each byte, so that no emoji is whole in one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=[EOS], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, model_max_length=context
+    )
+
+
+def save_scripted_model(folder: Path, prompt_length: int, reply: str, context: int = 512) -> None:
+    """Save a model that answers every prompt of so many ASCII characters with the same reply.
+
+    Its next token depends on nothing but the position: the embedding of a position is a unit
+    vector, attention and MLP add nothing, and the head maps each vector to a token of the reply.
+    A prompt that is shorter by n is answered with n more tokens "." before the reply.
+    """
+    tokenizer = byte_tokenizer(context)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=context,
+        n_embd=context,
+        n_layer=1,
+        n_head=1,
+        n_inner=1,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    model = GPT2LMHeadModel(config)
+    dot = tokenizer("...")["input_ids"][0]
+    # The prompt's EOS stands at position prompt_length; the reply's first token comes out there.
+    script = [dot] * prompt_length + tokenizer(reply)["input_ids"]
+    script += [tokenizer.eos_token_id] * (context - len(script))
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            parameter.zero_()
+        model.transformer.wpe.weight.copy_(torch.eye(context))
+        model.transformer.ln_f.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        for position, token in enumerate(script):
+            model.lm_head.weight[token, position] = 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

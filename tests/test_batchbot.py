@@ -1,0 +1,170 @@
+"""batchbot.py on a real Serve: rows that run together, and end each for itself."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from conftest import (
+    EMOJI_PROMPT,
+    EMOJI_REPLY,
+    MAX_NEW_TOKENS,
+    Bot,
+    Bots,
+    http_reply,
+    reference,
+)
+from ray import serve
+
+from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
+
+PROMPTS = [
+    "Hi",
+    "Tell me a story about dogs.",
+    "What should I cook for my family tonight? They like pasta, but we had pasta yesterday and the "
+    "day before, and my sister does not eat meat, so I am a little lost and would like some help.",
+    "Thank you, good night!",
+]
+SHORT, LONG = "Thank you, good night!", "Tell me a story about dogs."
+
+
+def batches_of(name: str, size: int, wait_s: float) -> None:
+    handle = serve.get_app_handle(name)
+    handle.reconfigure.remote({"max_batch_size": size, "batch_wait_timeout_s": wait_s}).result()
+
+
+@pytest.fixture
+def batchbot(bots: Bots) -> Iterator[Bot]:
+    bots.batchbot.gate.open()
+    yield bots.batchbot
+    batches_of("batchbot", DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+
+
+@pytest.fixture
+def pairs(batchbot: Bot) -> Bot:
+    """A Batchbot whose batches start as soon as, and not before, two requests are there."""
+    batches_of("batchbot", 2, wait_s=60)
+    return batchbot
+
+
+def test_every_row_of_a_mixed_batch_is_what_generate_says_alone(batchbot, loaded):
+    batches_of("batchbot", len(PROMPTS), wait_s=60)
+    with ThreadPoolExecutor(len(PROMPTS)) as callers:
+        replies = list(callers.map(lambda prompt: http_reply(batchbot, prompt), PROMPTS))
+    assert replies == [reference(loaded, [prompt], MAX_NEW_TOKENS) for prompt in PROMPTS]
+    assert batchbot.gate.count("submitted") == 1  # it was one batch
+
+
+def test_a_lone_request_does_not_wait_for_company(batchbot, loaded):
+    began = time.monotonic()
+    assert http_reply(batchbot, SHORT, 1) == reference(loaded, [SHORT], 1)
+    assert time.monotonic() - began < 5  # the published example takes at least 15 s
+
+
+def test_the_first_chunk_arrives_while_the_model_still_generates(batchbot):
+    batchbot.gate.hold_after(1)
+    with requests.post(batchbot.http, params={"prompt": LONG}, stream=True) as response:
+        chunks = response.iter_content(chunk_size=None)
+        first = next(chunks)
+        batchbot.gate.wait("step", 2)
+        batchbot.gate.release()
+        rest = b"".join(chunks)
+    assert first and rest
+
+
+def test_a_short_reply_closes_before_the_long_one(pairs, loaded):
+    short_tokens = len(loaded.tokenizer(reference(loaded, [SHORT], MAX_NEW_TOKENS))["input_ids"])
+    pairs.gate.hold_after(short_tokens + 1)  # its words and the token that ends it
+    with ThreadPoolExecutor(2) as callers:
+        long = callers.submit(http_reply, pairs, LONG)
+        short = callers.submit(http_reply, pairs, SHORT)
+        assert short.result() == reference(loaded, [SHORT], MAX_NEW_TOKENS)
+        pairs.gate.wait("step", short_tokens + 2)
+        assert not long.done()
+        pairs.gate.release()
+        assert long.result() == reference(loaded, [LONG], MAX_NEW_TOKENS)
+
+
+def test_a_row_that_reached_its_own_limit_closes_alone(pairs, loaded):
+    pairs.gate.hold_after(3)
+    with ThreadPoolExecutor(2) as callers:
+        long = callers.submit(http_reply, pairs, LONG)
+        short = callers.submit(http_reply, pairs, LONG, 3)
+        assert short.result() == reference(loaded, [LONG], 3)
+        pairs.gate.wait("step", 4)
+        pairs.gate.release()
+        assert long.result() == reference(loaded, [LONG], MAX_NEW_TOKENS)
+
+
+def test_the_model_runs_no_longer_than_the_longest_row(pairs):
+    with ThreadPoolExecutor(2) as callers:
+        rows = [callers.submit(http_reply, pairs, LONG, limit) for limit in (3, 5)]
+        for row in rows:
+            row.result()
+    assert pairs.gate.count("step") == 5
+
+
+def test_a_client_that_leaves_stops_its_row_alone(pairs, loaded):
+    pairs.gate.hold_after(3)
+    with ThreadPoolExecutor(1) as caller:
+        staying = caller.submit(http_reply, pairs, LONG)
+        with requests.post(pairs.http, params={"prompt": PROMPTS[2]}, stream=True) as leaving:
+            chunks = leaving.iter_content(chunk_size=None)
+            assert next(chunks)
+            pairs.gate.wait("step", 4)
+        pairs.gate.wait("left", 1)
+        pairs.gate.release()
+        assert staying.result() == reference(loaded, [LONG], MAX_NEW_TOKENS)
+
+
+def test_when_no_client_is_left_the_model_stops(batchbot, loaded):
+    batchbot.gate.hold_after(3)
+    with requests.post(batchbot.http, params={"prompt": LONG}, stream=True) as response:
+        chunks = response.iter_content(chunk_size=None)
+        assert next(chunks)
+        batchbot.gate.wait("step", 4)
+    batchbot.gate.wait("left", 1)
+    batchbot.gate.release()
+    assert http_reply(batchbot, SHORT, 2) == reference(loaded, [SHORT], 2)
+    assert batchbot.gate.count("step") == 4 + 2
+
+
+def test_a_failure_before_the_first_token_is_a_500_for_every_row(pairs, loaded):
+    pairs.gate.fail_at(1)
+    with ThreadPoolExecutor(2) as callers:
+        ask = {"params": {"prompt": LONG}}
+        rows = [callers.submit(requests.post, pairs.http, **ask) for _ in range(2)]
+        for row in rows:
+            assert row.result().status_code == 500
+            assert row.result().json() == {"detail": "the reply failed: RuntimeError"}
+    batches_of("batchbot", 1, wait_s=0)
+    assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
+
+
+def test_a_failure_in_the_middle_breaks_off_the_rows_that_still_ran(pairs, loaded):
+    pairs.gate.fail_at(4)
+    with ThreadPoolExecutor(2) as callers:
+        broken = callers.submit(http_reply, pairs, LONG)
+        whole = callers.submit(http_reply, pairs, LONG, 2)
+        assert whole.result() == reference(loaded, [LONG], 2)
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            broken.result()
+    batches_of("batchbot", 1, wait_s=0)
+    assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
+
+
+def test_emoji_and_chinese_arrive_whole_in_every_row(bots: Bots):
+    bot = bots.emoji_batchbot
+    bot.gate.open()
+    batches_of("emoji_batchbot", 2, wait_s=60)
+
+    def chunks_of(prompt: str) -> list[str]:
+        with requests.post(bot.http, params={"prompt": prompt}, stream=True) as response:
+            return [chunk.decode() for chunk in response.iter_content(chunk_size=None)]
+
+    with ThreadPoolExecutor(2) as callers:
+        # A prompt that is shorter by two characters has two dots before its reply.
+        rows = callers.map(chunks_of, [EMOJI_PROMPT, EMOJI_PROMPT[2:]])
+        assert ["".join(row) for row in rows] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
+    batches_of("emoji_batchbot", DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)

@@ -1,0 +1,171 @@
+"""chatbot.py on a real Serve: a conversation per socket, and how each one ends."""
+
+import pytest
+from conftest import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, Bots, reference
+from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import ClientConnection, connect
+
+HANG_S = 60
+
+
+@pytest.fixture
+def chatbot(bots: Bots):
+    bots.chatbot.gate.open()
+    return bots.chatbot
+
+
+def receive(websocket: ClientConnection) -> list[str]:
+    """The frames of one reply, without the marker."""
+    frames = []
+    while (frame := websocket.recv(timeout=HANG_S)) != "<>":
+        frames.append(frame)
+    return frames
+
+
+def ask(websocket: ClientConnection, prompt: str) -> str:
+    websocket.send(prompt)
+    return "".join(receive(websocket))
+
+
+def test_the_handshake_names_the_model(chatbot):
+    with connect(chatbot.ws) as websocket:
+        assert websocket.response.headers["X-Model"] == "tiny-dialog"
+
+
+def test_a_conversation_is_remembered(chatbot, loaded):
+    first, second = "My name is Anna.", "What is my name?"
+    with connect(chatbot.ws) as websocket:
+        reply = ask(websocket, first)
+        assert reply == reference(loaded, [first], CHAT_MAX_NEW_TOKENS)
+        with_memory = ask(websocket, second)
+    assert with_memory == reference(loaded, [first, reply, second], CHAT_MAX_NEW_TOKENS)
+    assert with_memory != reference(loaded, [second], CHAT_MAX_NEW_TOKENS)
+    assert "Anna" in with_memory
+
+
+def test_two_clients_have_two_conversations(chatbot, loaded):
+    question = "What is my name?"
+    with connect(chatbot.ws) as one, connect(chatbot.ws) as other:
+        ask(one, "My name is Anna.")
+        ask(other, "My name is Omar.")
+        assert "Anna" in ask(one, question)
+        assert "Omar" in ask(other, question)
+    with connect(chatbot.ws) as stranger:
+        assert ask(stranger, question) == reference(loaded, [question], CHAT_MAX_NEW_TOKENS)
+
+
+def test_a_conversation_longer_than_the_context_drops_its_oldest_exchanges(chatbot, loaded):
+    room = loaded.context - CHAT_MAX_NEW_TOKENS
+    tokenizer, turns, dropped = loaded.tokenizer, [], False
+    prompts = ["My name is Anna.", "I like apples.", "Tell me a joke.", "What is the weather like?"]
+    with connect(chatbot.ws) as websocket:
+        for prompt in prompts * 2 + ["What is my name?"]:
+            turns.append(prompt)
+            while len(tokenizer(tokenizer.eos_token.join([*turns, ""]))["input_ids"]) > room:
+                turns, dropped = turns[2:], True
+            reply = ask(websocket, prompt)
+            assert reply == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
+            turns.append(reply)
+    assert dropped
+
+
+def test_the_first_frame_arrives_while_the_model_still_generates(chatbot):
+    chatbot.gate.hold_after(1)
+    with connect(chatbot.ws) as websocket:
+        websocket.send("Hello!")
+        assert websocket.recv(timeout=HANG_S) != "<>"
+        chatbot.gate.wait("step", 2)
+        chatbot.gate.release()
+        assert receive(websocket)
+
+
+def test_emoji_and_chinese_arrive_whole_and_a_marker_in_the_text_is_split(bots: Bots):
+    bots.emoji_chatbot.gate.open()
+    with connect(bots.emoji_chatbot.ws) as websocket:
+        websocket.send(EMOJI_PROMPT)
+        assert receive(websocket) == list(EMOJI_REPLY)
+
+
+def test_a_blank_frame_is_answered_by_the_marker_alone(chatbot, loaded):
+    with connect(chatbot.ws) as websocket:
+        websocket.send(" \n")
+        assert receive(websocket) == []
+        websocket.send("")
+        assert receive(websocket) == []
+        assert ask(websocket, "Hello!") == reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
+
+
+def test_prompts_sent_ahead_are_answered_in_order(chatbot, loaded):
+    prompts, turns = ["Hello!", "My name is Anna.", "What is my name?"], []
+    with connect(chatbot.ws) as websocket:
+        for prompt in prompts:
+            websocket.send(prompt)
+        for prompt in prompts:
+            turns.append(prompt)
+            turns.append("".join(receive(websocket)))
+            assert turns[-1] == reference(loaded, turns[:-1], CHAT_MAX_NEW_TOKENS)
+
+
+def test_100_sockets_are_open_at_once_and_prompts_wait_their_turn(chatbot):
+    sockets = [connect(chatbot.ws).__enter__() for _ in range(100)]
+    chatbot.gate.hold_after(0)
+    for number, websocket in enumerate(sockets):
+        websocket.send("Hello!")
+        chatbot.gate.wait("submitted", number + 1)
+    assert chatbot.gate.count("step") <= 1
+    chatbot.gate.release()
+    assert len({"".join(receive(websocket)) for websocket in sockets}) == 1
+    for websocket in sockets:
+        websocket.close()
+
+
+@pytest.mark.parametrize("abort", [False, True], ids=["close", "reset"])
+def test_a_client_that_leaves_stops_the_model(chatbot, loaded, abort):
+    chatbot.gate.hold_after(3)
+    with connect(chatbot.ws, close_timeout=0) as websocket:
+        websocket.send("Tell me a story about dogs.")
+        websocket.recv(timeout=HANG_S)
+        chatbot.gate.wait("step", 4)
+        if abort:
+            websocket.socket.close()
+        else:
+            websocket.close()
+    chatbot.gate.wait("left", 1)
+    chatbot.gate.release()
+    with connect(chatbot.ws) as websocket:
+        reply = ask(websocket, "Hello!")
+    assert reply == reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
+    tokens = len(loaded.tokenizer(reply + loaded.tokenizer.eos_token)["input_ids"])
+    assert chatbot.gate.count("step") == 4 + tokens
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["before the first token", "in the middle"])
+def test_a_failure_closes_the_socket_with_1011(chatbot, loaded, step):
+    chatbot.gate.fail_at(step)
+    with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
+        ask(websocket, "Hello!")
+    assert closed.value.rcvd.code == 1011
+    assert closed.value.rcvd.reason == "the reply failed: RuntimeError"
+    with connect(chatbot.ws) as websocket:
+        assert ask(websocket, "Hello!") == reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
+
+
+def test_a_binary_frame_closes_the_socket_with_1003(chatbot):
+    with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
+        websocket.send(b"Hello!")
+        websocket.recv(timeout=HANG_S)
+    assert closed.value.rcvd.code == 1003
+
+
+def test_a_prompt_that_does_not_fit_closes_the_socket_with_1009(chatbot, loaded):
+    room = loaded.context - CHAT_MAX_NEW_TOKENS
+    prompt = "word " * room
+    tokens = len(loaded.tokenizer(prompt + loaded.tokenizer.eos_token)["input_ids"])
+    for too_long, reason in {
+        prompt: f"the prompt has {tokens} tokens, {room} fit",
+        "x" * 100_000: f"the prompt has 100000 bytes, {room * 64} are allowed",
+    }.items():
+        with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
+            websocket.send(too_long)
+            websocket.recv(timeout=HANG_S)
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1009, reason)

@@ -1,0 +1,216 @@
+"""serving/loading.py and locating.py: what a name loads, how fast, and what errors say."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+from conftest import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
+from huggingface_hub import constants
+from scripted import byte_tokenizer
+from transformers import T5Config
+
+from serving.encoding import encode
+from serving.loading import check_model, load_model
+from serving.locating import EMBEDDED, ModelError
+
+NAME = "somebody/some-model"
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that refuses connections at once, and an empty cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def copy_of_model(emoji_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(emoji_model, tmp_path / "model"))
+
+
+def reply(name: str, **options: str) -> str:
+    """The greedy reply of a loaded model to the prompt of the emoji model."""
+    loaded = load_model(name, **options)
+    ids = loaded.tokenizer(EMOJI_PROMPT + loaded.tokenizer.eos_token, return_tensors="pt")
+    output = loaded.model.generate(**ids, max_new_tokens=100)
+    return loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_folder_is_a_model(emoji_model):
+    loaded = load_model(str(emoji_model))
+    assert loaded.name == str(emoji_model)
+    assert loaded.context == 512
+    assert reply(str(emoji_model)) == EMOJI_REPLY
+
+
+def test_the_embedded_model_is_loaded_in_full_precision():
+    loaded = load_model(EMBEDDED)
+    assert loaded.model.dtype == torch.float32
+    assert loaded.name == "tiny-dialog"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_is_the_one_asked_for(emoji_model, dtype):
+    assert load_model(str(emoji_model), dtype).model.dtype == getattr(torch, dtype)
+
+
+def test_replies_are_greedy_whatever_the_generation_config_says(copy_of_model, caplog):
+    path = copy_of_model / "generation_config.json"
+    config = json.loads(path.read_text())
+    sampling = {"do_sample": True, "temperature": 9.0, "top_k": 5, "top_p": 0.5, "num_beams": 1}
+    path.write_text(json.dumps(config | sampling | {"max_length": 3}))
+    caplog.clear()
+    assert reply(str(copy_of_model)) == EMOJI_REPLY
+    assert not caplog.records
+
+
+def test_a_reply_ends_at_the_end_token_of_the_tokenizer_too(copy_of_model):
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((copy_of_model / name).read_text())
+        (copy_of_model / name).write_text(json.dumps(config | {"eos_token_id": 7}))
+    loaded = load_model(str(copy_of_model))
+    assert loaded.model.generation_config.eos_token_id == [loaded.tokenizer.eos_token_id, 7]
+    assert reply(str(copy_of_model)) == EMOJI_REPLY
+
+
+def test_a_hub_id_in_the_cache_needs_no_hub(emoji_model, tmp_path):
+    """In a process of its own, which reads the cache's place when it starts."""
+    cache = tmp_path / "hub"
+    repository = cache / f"models--{NAME.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc123")
+    shutil.copytree(emoji_model, repository / "snapshots" / "abc123")
+    code = (
+        "import time; from serving.loading import load_model; t = time.monotonic();"
+        f"loaded = load_model({NAME!r}); print(loaded.name, time.monotonic() - t < 5)"
+    )
+    environment = {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split() == [NAME, "True"], ran.stderr
+
+
+def test_without_a_hub_the_fallback_answers_and_one_warning_says_so(no_hub, caplog):
+    caplog.set_level(logging.WARNING)
+    loaded = load_model(NAME, fallback=EMBEDDED)
+    assert loaded.name == EMBEDDED
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in (NAME, "ConnectError", "connect to the hub", EMBEDDED):
+        assert part in record.message
+    assert "\n" not in record.message
+
+
+def test_a_hub_that_never_answers_is_given_up_within_5_seconds(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        began = time.monotonic()
+        with pytest.raises(ModelError):
+            check_model(NAME)
+        assert time.monotonic() - began < 5
+
+
+def test_a_model_that_is_named_is_never_replaced(no_hub):
+    with pytest.raises(ModelError, match=f"'{NAME}'.*tried.*connect to the hub"):
+        load_model(NAME)
+
+
+def broken(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "there is no folder"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors or"),
+        (lambda folder: broken(folder, "config.json"), "the configuration cannot be read"),
+        (lambda folder: broken(folder, "tokenizer.json"), "the tokenizer cannot be read"),
+        (lambda folder: T5Config().save_pretrained(folder), "t5 is not a causal language model"),
+    ],
+    ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "wrong architecture"],
+)
+def test_what_is_wrong_with_a_folder_is_found_before_its_weights_are_loaded(
+    copy_of_model, damage, message
+):
+    damage(copy_of_model)
+    with pytest.raises(ModelError, match=message) as error:
+        check_model(str(copy_of_model))
+    assert str(copy_of_model) in str(error.value)
+    assert "give a hub id, a folder" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_weights_are_one_line_too(copy_of_model):
+    (copy_of_model / "model.safetensors").write_bytes(b"no weights at all")
+    check_model(str(copy_of_model))
+    with pytest.raises(ModelError, match="the weights cannot be loaded") as error:
+        load_model(str(copy_of_model))
+    assert "\n" not in str(error.value)
+
+
+def save_gguf_model(path: Path) -> None:
+    """A tiny Llama with random weights, the bytes as its tokens, and a chat template."""
+    tokenizer, rng = byte_tokenizer(64), numpy.random.default_rng(0)
+    vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 257)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    shapes = {"token_embd": (len(vocabulary), 32), "output_norm": (32,)}
+    shapes |= {f"blk.0.{name}_norm": (32,) for name in ("attn", "ffn")}
+    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{name}": (32, 32) for name in ("gate", "up", "down")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_in_a_folder_is_a_model(tmp_path, monkeypatch):
+    save_gguf_model(tmp_path / "tiny.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert check_model("./:tiny.gguf") == (f"{tmp_path}:tiny.gguf", 64)
+    loaded = load_model("./:tiny.gguf", "bfloat16")
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.tokenizer.chat_template
+    assert len(encode([{"role": "user", "content": "Hello"}], loaded.tokenizer, 64)) == 5
+    output = loaded.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+    assert output.shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", ["no such model", "a/b/c", "model.gguf", "./nowhere:model.gguf"])
+def test_a_name_that_can_be_no_model_says_what_a_name_can_be(name, no_hub):
+    with pytest.raises(ModelError, match="<folder or hub id>:<file>"):
+        check_model(name)

@@ -1,0 +1,60 @@
+"""models/: the embedded model says what its card says, and the script that made it runs."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, reference
+
+from serving.loading import load_model
+
+CARD = (REPOSITORY / "models" / "tiny-dialog" / "README.md").read_text()
+MAX_NEW_TOKENS = 256
+
+
+def dialogues(title: str) -> list[list[str]]:
+    """The dialogues under a heading of the card: prompts after "> ", replies by turns."""
+    (block,) = re.findall(rf"## {title}\n.*?```\n(.*?)```", CARD, re.DOTALL)
+    return [
+        [line.removeprefix("> ") for line in dialogue.splitlines()]
+        for dialogue in block.strip().split("\n\n")
+    ]
+
+
+@pytest.mark.parametrize("title", ["Sample dialogues", "Held-out prompts"])
+def test_the_dialogues_of_the_card_are_what_the_model_says(loaded, title):
+    shown = dialogues(title)
+    assert len(shown) >= 10
+    for turns in shown:
+        for length in range(1, len(turns), 2):
+            assert reference(loaded, turns[:length], MAX_NEW_TOKENS) == turns[length]
+
+
+def test_the_held_out_prompts_were_not_shown_word_for_word():
+    def bare(text: str) -> str:
+        return re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
+
+    folder = REPOSITORY / "models" / "dialogues"
+    lines = [line for path in folder.glob("*.txt") for line in path.read_text().splitlines()]
+    shown = {bare(text) for line in lines for text in line[2:].split(" | ")}
+    for turns in dialogues("Held-out prompts"):
+        for prompt in turns[::2]:
+            assert bare(prompt) not in shown, prompt
+
+
+def test_the_model_is_small_enough_to_live_in_the_repository():
+    files = (REPOSITORY / "models" / "tiny-dialog").iterdir()
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+
+
+def test_the_training_script_trains_and_saves_a_model(tmp_path):
+    script = REPOSITORY / "models" / "train_tiny_dialog.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--max-steps", "2", "--output", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "step 2: reply loss on held-out prompts" in ran.stdout
+    assert load_model(str(tmp_path)).context == 512

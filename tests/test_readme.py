@@ -1,0 +1,118 @@
+"""The README: its commands are run and its transcripts compared, its file tree is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+from conftest import REPOSITORY
+from serve_run import ENVIRONMENT, serve_run
+from websockets.sync.client import connect
+
+from serving.arguments import BatchbotArguments, ChatbotArguments
+
+README = (REPOSITORY / "README.md").read_text()
+HANG_S = 60
+
+
+class Command(NamedTuple):
+    line: str
+    output: str
+
+
+def commands(text: str) -> list[Command]:
+    """What the console blocks of a text show: lines after "$ ", and what they print."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for part in ("\n" + block).split("\n$ ")[1:]:
+            line, _, output = part.partition("\n")
+            found.append(Command(line, output))
+    return found
+
+
+def section(title: str) -> str:
+    return re.split(r"^##+ .*", README, flags=re.MULTILINE)[
+        re.findall(r"^##+ (.*)", README, flags=re.MULTILINE).index(title) + 1
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "titles"),
+    [
+        ("textbot", ["Try it", "Textbot: one prompt in, text out"]),
+        ("chatbot", ["Chatbot: a conversation"]),
+        ("batchbot", ["Batchbot: many prompts, one run"]),
+    ],
+)
+def test_the_bots_and_their_clients_print_what_the_readme_shows(checkout, name, titles):
+    shown = [command for title in titles for command in commands(section(title))]
+    assert shown[0].line.endswith(f"serve run {name}:app")
+    # The commands find this test's python and serve, as they would in an active environment.
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    with serve_run(checkout, f"{name}:app") as printed:
+        for command in shown:
+            if "serve run" in command.line:
+                continue
+            ran = subprocess.run(
+                command.line,
+                shell=True,
+                cwd=checkout,
+                env=ENVIRONMENT | {"PATH": path},
+                capture_output=True,
+                text=True,
+                timeout=HANG_S,
+            )
+            assert ran.stdout.rstrip("\n") == command.output.rstrip("\n"), command.line
+        if name == "chatbot":
+            with connect("ws://localhost:8000/") as websocket:
+                headers = websocket.response.headers
+        else:
+            headers = requests.post("http://localhost:8000/").headers
+    assert headers["X-Model"] == "tiny-dialog"
+    warnings = [line for line in printed if "WARNING" in line and "tiny-dialog" in line]
+    assert len(warnings) == 1
+    assert "microsoft/DialoGPT-small" in warnings[0]
+
+
+def test_the_first_transcript_is_the_textbots():
+    (first,) = commands(README.split("## Try it")[0])
+    assert first in commands(section("Textbot: one prompt in, text out"))
+
+
+def test_the_arguments_that_it_shows_are_valid():
+    shown = [command.line for command in commands(section("Use another model"))]
+    assert len(shown) == 3
+    for line in shown:
+        name, *arguments = re.findall(r'(?:[^\s"]|"[^"]*")+', line)[2:]
+        given = dict(argument.split("=", 1) for argument in arguments)
+        (BatchbotArguments if name == "batchbot:build" else ChatbotArguments)(**given)
+
+
+def test_the_file_tree_is_true():
+    (tree,) = re.findall(r"```\n(textbot\.py .*?)```", README, re.DOTALL)
+    folder, paths = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        path = (folder if line.startswith("  ") else "") + name
+        if name.endswith("/") and not line.startswith("  "):
+            folder = name
+        assert (REPOSITORY / path).exists(), path
+        paths.add(path.rstrip("/"))
+    named_by_itself = {"README.md", "serving/__init__.py", ".gitignore"}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for file in set(tracked) - named_by_itself:
+        parents = {str(parent) for parent in Path(file).parents}
+        leaves = {path for path in paths if not any(p.startswith(path + "/") for p in paths)}
+        assert file in paths or parents & leaves, f"{file} is not in the README's tree"
+
+
+def test_the_continuous_integration_runs_the_readmes_test_command():
+    (command,) = commands(section("Develop"))
+    assert command.line.endswith("pip install -e '.[test]' && pytest")
+    pattern = "pip install -e '.\\[test\\]'"
+    assert pattern in (REPOSITORY / ".ci" / "run").read_text()

@@ -1,0 +1,117 @@
+"""serving/streaming.py: whole characters, no polling, failures and cancellation handed over."""
+
+import asyncio
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EMOJI_PROMPT, EMOJI_REPLY
+from scripted import byte_tokenizer
+from transformers import ByT5Tokenizer, PreTrainedModel
+
+from serving.loading import LoadedModel, load_model
+from serving.streaming import ReplyStreamer, TokenDecoder, errors_to
+
+
+@pytest.fixture
+def emoji(emoji_model: Path) -> LoadedModel:
+    return load_model(str(emoji_model))
+
+
+def generate(
+    model: PreTrainedModel, input_ids: list[int], streamer: ReplyStreamer, max_new_tokens: int = 200
+) -> None:
+    with errors_to(streamer):
+        model.generate(
+            torch.tensor([input_ids]),
+            attention_mask=torch.ones(1, len(input_ids)),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stopping_criteria=[streamer],
+        )
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [byte_tokenizer(512), ByT5Tokenizer()], ids=["rust", "python"]
+)
+def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
+    decoder = TokenDecoder(tokenizer)
+    ids = tokenizer(EMOJI_REPLY, add_special_tokens=False)["input_ids"]
+    pieces = [decoder.step(token) for token in ids]
+    assert "".join(pieces) == EMOJI_REPLY
+    assert [piece for piece in pieces if piece] == list(EMOJI_REPLY)
+    assert decoder.flush() == ""
+
+
+def test_pieces_of_any_tokens_join_to_what_decode_says():
+    tokenizer, rng = byte_tokenizer(512), random.Random(0)
+    for _ in range(300):
+        ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(40))]
+        decoder = TokenDecoder(tokenizer)
+        text = "".join(decoder.step(token) for token in ids) + decoder.flush()
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_each_token_of_a_letter_is_text_at_once(emoji):
+    async def read() -> list[str]:
+        streamer = ReplyStreamer(emoji.tokenizer)
+        with ThreadPoolExecutor(1) as thread:
+            ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
+            thread.submit(generate, emoji.model, ids, streamer)
+            return [text async for text in streamer]
+
+    assert asyncio.run(read()) == list(EMOJI_REPLY)
+
+
+def test_a_reply_cut_inside_a_character_says_what_decode_says(emoji):
+    async def read(max_new_tokens: int) -> str:
+        streamer = ReplyStreamer(emoji.tokenizer)
+        ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(generate, emoji.model, ids, streamer, max_new_tokens)
+            return "".join([text async for text in streamer])
+
+    ids = emoji.tokenizer(EMOJI_REPLY)["input_ids"]
+    for length in range(1, 9):
+        assert asyncio.run(read(length)) == emoji.tokenizer.decode(ids[:length])
+
+
+def test_a_failure_of_generate_is_raised_where_the_stream_is_read(emoji):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    async def read() -> list[str]:
+        streamer, texts = ReplyStreamer(emoji.tokenizer), []
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(generate, emoji.model, [0], streamer)
+            async for text in streamer:
+                texts.append(text)
+        return texts
+
+    hook = emoji.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(read())
+    hook.remove()
+
+
+def test_a_reader_who_leaves_stops_the_model_within_one_token(emoji):
+    steps = 0
+
+    async def read() -> None:
+        streamer = ReplyStreamer(emoji.tokenizer)
+
+        def before_step(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 3:
+                streamer.cancel()
+
+        hook = emoji.model.register_forward_pre_hook(before_step)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(generate, emoji.model, [0], streamer)
+        hook.remove()
+
+    asyncio.run(read())
+    assert steps == 3

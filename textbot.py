@@ -1,0 +1,88 @@
+"""A prompt in, its reply streamed out while the model writes it: `serve run textbot:app`."""
+
+import logging
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
+
+import torch
+from fastapi import Depends, FastAPI
+from ray import serve
+from ray.serve import Application
+
+from serving.arguments import BotArguments
+from serving.encoding import begin, encode, reply_limit
+from serving.loading import load_model
+from serving.prompts import TextRequest, read_request
+from serving.responses import EXCEPTION_HANDLERS, MIDDLEWARE, TextStream
+from serving.streaming import ReplyStreamer, errors_to
+
+logger = logging.getLogger("ray.serve")
+
+fastapi_app = FastAPI(title="Textbot", middleware=MIDDLEWARE, exception_handlers=EXCEPTION_HANDLERS)
+
+
+# One request generates at a time; the others hold a place and wait, which costs next to nothing.
+@serve.deployment(max_ongoing_requests=100)
+@serve.ingress(fastapi_app)
+class Textbot:
+    """Streams one reply at a time; other requests wait in order."""
+
+    def __init__(
+        self,
+        model: str,
+        max_new_tokens: int | None = None,
+        dtype: str = "float32",
+        system_prompt: str | None = None,
+        fallback: str | None = None,
+    ) -> None:
+        self.model_name, self.model, self.tokenizer, self.context = load_model(
+            model, dtype, fallback
+        )
+        self.max_new_tokens = reply_limit(max_new_tokens, self.context)
+        self.system_prompt = system_prompt
+        # One thread: a second one would bring its own OpenMP team and fight for the same cores.
+        self.model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        logger.info(f"{self.model_name} is ready")
+
+    @fastapi_app.post("/")
+    async def handle_request(
+        self, request: Annotated[TextRequest, Depends(read_request)]
+    ) -> TextStream:
+        """Start the reply in the model's thread and return the stream that it writes to."""
+        conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
+        input_ids = encode(conversation, self.tokenizer, self.context - request.max_new_tokens)
+        streamer = ReplyStreamer(self.tokenizer)
+        self.model_thread.submit(self.generate_text, input_ids, request.max_new_tokens, streamer)
+        return await TextStream.start(self.consume_streamer(streamer))
+
+    def generate_text(
+        self, input_ids: list[int], max_new_tokens: int, streamer: ReplyStreamer
+    ) -> None:
+        """Run the model, in its thread: each token goes to the streamer as it is generated."""
+        if streamer.cancelled:  # the client left while it waited
+            return
+        with errors_to(streamer):
+            self.model.generate(
+                torch.tensor([input_ids], device=self.model.device),
+                attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=[streamer],
+            )
+
+    async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
+        """Yield the reply's text as it comes; when the client leaves, stop the model."""
+        try:
+            async for text in streamer:
+                yield text
+        finally:
+            streamer.cancel()
+
+
+def build(args: BotArguments) -> Application:
+    """`serve run textbot:build model=./my-model max_new_tokens=64`."""
+    return Textbot.options(**args.deployment_options()).bind(**args.constructor_arguments())
+
+
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")
