@@ -91,7 +91,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
             yield step
 
 
-# One batch generates at a time; the next ones gather meanwhile.
+# One batch generates at a time; the prompts of the next gather meanwhile.
 @serve.deployment(max_ongoing_requests=100, user_config=BatchSettings().model_dump())
 @serve.ingress(fastapi_app)
 class Batchbot:
@@ -113,8 +113,11 @@ class Batchbot:
         self.system_prompt = system_prompt
         # Short prompts are padded, on the left: a reply continues the end of its row.
         self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
+        # Serve would make many small batches of what arrives while one runs, and run them one by
+        # one. Held back until the model is free, they run together.
+        self.model_is_free = asyncio.Event()
+        self.model_is_free.set()
         # One thread: a second one would bring its own OpenMP team and fight for the same cores.
         self.model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         logger.info(f"{self.model_name} is ready")
@@ -130,13 +133,14 @@ class Batchbot:
     ) -> TextStream:
         """Let the prompt join a batch and return the stream of its own row."""
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        input_ids = encode(conversation, self.tokenizer, self.room)
+        input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, self.room)
         row = Row(input_ids, request.max_new_tokens, TokenDecoder(self.tokenizer))
         return await TextStream.start(self.stream_row(row))
 
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
         """Yield the reply's text as it comes; when the client leaves, stop its row."""
         try:
+            await self.model_is_free.wait()
             async for text in self.run_model(row):
                 if text:
                     yield text
@@ -146,10 +150,14 @@ class Batchbot:
     @serve.batch()  # sized by reconfigure
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
         """Run a batch: Serve collects its rows and gives each caller the items of its own."""
-        streamer = RawStreamer(rows)
-        self.model_thread.submit(self.generate_text, rows, streamer)
-        async for items in self.consume_streamer(rows, streamer):
-            yield items
+        self.model_is_free.clear()
+        try:
+            streamer = RawStreamer(rows)
+            self.model_thread.submit(self.generate_text, rows, streamer)
+            async for items in self.consume_streamer(rows, streamer):
+                yield items
+        finally:
+            self.model_is_free.set()
 
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
         """Run the model, in its thread: each step's tokens go to the streamer."""

@@ -17,6 +17,8 @@ from serving.loading import load_model
 from serving.responses import EXCEPTION_HANDLERS, MIDDLEWARE
 from serving.streaming import ReplyStreamer, errors_to
 
+MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
+
 logger = logging.getLogger("ray.serve")
 
 fastapi_app = FastAPI(title="Chatbot", middleware=MIDDLEWARE, exception_handlers=EXCEPTION_HANDLERS)
@@ -54,7 +56,7 @@ class Chatbot:
     async def handle_request(self, ws: WebSocket) -> None:
         """Receive prompts and stream replies, a marker after each, until the client leaves."""
         await ws.accept()
-        prompts: asyncio.Queue[str] = asyncio.Queue(maxsize=16)
+        prompts: asyncio.Queue[str] = asyncio.Queue(maxsize=MAX_PROMPTS_AHEAD)
         conversation = begin(self.system_prompt)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -65,7 +67,9 @@ class Chatbot:
                     prompt = await prompts.get()
                     if prompt.strip():
                         conversation.append({"role": "user", "content": prompt})
-                        input_ids = encode(conversation, self.tokenizer, self.room)
+                        input_ids = await asyncio.to_thread(
+                            encode, conversation, self.tokenizer, self.room
+                        )
                         streamer = ReplyStreamer(self.tokenizer)
                         self.model_thread.submit(self.generate_text, input_ids, streamer)
                         response = ""
@@ -77,6 +81,8 @@ class Chatbot:
                     await ws.send_text(self.end_of_response)
         except* WebSocketDisconnect:
             pass
+        except* asyncio.QueueFull:
+            await ws.close(1013, f"more than {MAX_PROMPTS_AHEAD} prompts wait for a reply")
         except* BinaryFrame:
             await ws.close(1003, "a prompt is a text frame, not a binary one")
         except* PromptTooLong as errors:
@@ -93,7 +99,7 @@ class Chatbot:
                 raise WebSocketDisconnect(message["code"])
             if message.get("text") is None:
                 raise BinaryFrame
-            await prompts.put(message["text"])
+            prompts.put_nowait(message["text"])
 
     async def send_text(self, ws: WebSocket, text: str) -> None:
         """Send a piece of the reply; one that looks like the marker goes in two frames."""

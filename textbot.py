@@ -1,5 +1,6 @@
 """A prompt in, its reply streamed out while the model writes it: `serve run textbot:app`."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,9 +50,10 @@ class Textbot:
     async def handle_request(
         self, request: Annotated[TextRequest, Depends(read_request)]
     ) -> TextStream:
-        """Start the reply in the model's thread and return the stream that it writes to."""
+        """Start the reply in the model's thread; return its stream when the first text is there."""
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        input_ids = encode(conversation, self.tokenizer, self.context - request.max_new_tokens)
+        room = self.context - request.max_new_tokens
+        input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
         streamer = ReplyStreamer(self.tokenizer)
         self.model_thread.submit(self.generate_text, input_ids, request.max_new_tokens, streamer)
         return await TextStream.start(self.consume_streamer(streamer))

@@ -4,6 +4,7 @@ printf 'Space the final\n These are the voyages\n' | python clients/chat_client.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -34,6 +35,8 @@ def main() -> None:
                 while (text := websocket.recv()) != options.end_of_response:
                     print(text, end="", flush=True)
                 print(flush=True)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConnectionClosed as closed:
         print()
         code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")

@@ -4,6 +4,7 @@ python clients/stream_client.py "Tell me a joke." --max-new-tokens 30
 """
 
 import argparse
+import os
 import sys
 
 import requests
@@ -28,6 +29,8 @@ def main() -> None:
             for chunk in response.iter_content(chunk_size=None, decode_unicode=True):
                 print(chunk, end="", flush=True)
             print()
+    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except requests.exceptions.ChunkedEncodingError:
         print()
         sys.exit(f"{options.url} failed in the middle of the reply")

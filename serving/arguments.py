@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from serving.encoding import reply_limit
+from serving.encoding import begin, encode, reply_limit
 from serving.loading import check_model
-from serving.locating import EMBEDDED
+from serving.locating import EMBEDDED, ModelError
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
 DEFAULT_BATCH_SIZE = 8
@@ -54,14 +54,23 @@ class BotArguments(BaseModel, extra="forbid"):
         """For `Deployment.bind`, checked as far as that is possible before anything is deployed.
 
         A model that is named is never replaced by another: ModelError is raised if it cannot be
-        loaded, ValueError if `max_new_tokens` leaves no room for a prompt in its context.
+        loaded, ValueError if `max_new_tokens` or `system_prompt` do not suit it.
         """
         arguments = self.model_dump(include={"max_new_tokens", "dtype", "system_prompt"})
         if self.model is None:
-            return arguments | {"model": DEFAULT_MODEL, "fallback": EMBEDDED}
-        name, context = check_model(self.model)
-        reply_limit(self.max_new_tokens, context)
-        return arguments | {"model": name}
+            arguments |= {"model": DEFAULT_MODEL, "fallback": EMBEDDED}
+            try:
+                _, tokenizer, context = check_model(DEFAULT_MODEL)
+            except ModelError:
+                _, tokenizer, context = check_model(EMBEDDED)
+        else:
+            arguments["model"], tokenizer, context = check_model(self.model)
+        room = context - reply_limit(self.max_new_tokens, context)
+        try:
+            encode([*begin(self.system_prompt), {"role": "user", "content": "Hi"}], tokenizer, room)
+        except Exception as error:
+            raise ValueError(f"system_prompt: the model cannot take it: {error}") from error
+        return arguments
 
 
 class ChatbotArguments(BotArguments):

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 Turn = dict[str, str]
 
-# No text of more bytes can be worth tokenizing: real text has 3 to 6 bytes a token.
+# Text of more bytes is not worth tokenizing: real text has 3 to 6 bytes a token.
 MAX_BYTES_PER_TOKEN = 64
+MAX_BYTES = 4_000_000  # about a second's work
 
 
 class PromptTooLong(ValueError):
@@ -30,7 +31,7 @@ def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: i
     Raises PromptTooLong if the last prompt does not fit alone.
     """
     prompt = conversation[-1]["content"]
-    size, allowed = len(prompt.encode()), room * MAX_BYTES_PER_TOKEN
+    size, allowed = len(prompt.encode()), min(room * MAX_BYTES_PER_TOKEN, MAX_BYTES)
     if size > allowed:
         raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
     first = 1 if conversation[0]["role"] == "system" else 0

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,18 +49,19 @@ def load_model(name: str, dtype: str = "float32", fallback: str | None = None) -
         logger.warning(f"{error}. Until then the model {fallback} answers in its place.")
         return load_model(fallback, dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    reply_greedily(model, tokenizer)
+    model.generation_config = greedy_config(model, tokenizer)
     return LoadedModel(name, model, tokenizer, context_length(config, tokenizer))
 
 
-def check_model(name: str) -> tuple[str, int]:
+def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:
     """Read a model's configuration and tokenizer, which is quick, without its weights.
 
-    Returns its name, with an absolute folder, and its context length. Raises ModelError for what
-    load_model would find out only when a replica starts.
+    Returns its name, with an absolute folder, its tokenizer and its context length. Raises
+    ModelError for what load_model would find out only when a replica starts.
     """
     source = locate(name)
-    return source.name, context_length(*read(source))
+    config, tokenizer = read(source)
+    return source.name, tokenizer, context_length(config, tokenizer)
 
 
 def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -85,18 +87,21 @@ def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
     return int(tokenizer.model_max_length)
 
 
-def reply_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take sampling, beams and length limits out of the model's generation config."""
-    generation = model.generation_config
-    generation.do_sample = False
-    generation.num_beams = 1
-    generation.max_length = None
-    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
-        setattr(generation, name, None)
+def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The most likely token at each step, until a token that ends the reply; nothing else.
+
+    Of the model's own generation config only the tokens that end a reply are kept: sampling,
+    beams, penalties and length limits are for a request to ask for.
+    """
     # The chat template may end a turn with another token than the model's configuration knows.
-    ends = generation.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    generation.eos_token_id = sorted(end for end in ends if end is not None) or None
-    if generation.pad_token_id is None:  # what follows the end of a row: any token will do
-        pads = [tokenizer.pad_token_id, *(generation.eos_token_id or []), 0]
-        generation.pad_token_id = next(pad for pad in pads if pad is not None)
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    # Any token will do for padding, since the attention mask hides it, but the model must know it.
+    pads = [tokenizer.pad_token_id, *sorted(ends), 0]
+    known = model.get_input_embeddings().num_embeddings
+    return GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=next(pad for pad in pads if pad is not None and pad < known),
+    )

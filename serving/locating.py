@@ -1,5 +1,6 @@
 """Where a model is: the embedded one, a folder, the Hugging Face cache, or the hub."""
 
+import json
 import threading
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -62,7 +63,7 @@ def locate(name: str) -> Source:
     if place.startswith((".", "/", "~")) or place.count("/") > 1:
         raise source.problem(f"there is no folder {folder}")
     try:
-        cached = any(isinstance(try_to_load_from_cache(place, file), str) for file in weights)
+        cached = any(is_cached(place, file) for file in weights)
     except HFValidationError as error:
         raise source.problem("neither a folder nor a hub id", error) from None
     if cached:
@@ -74,6 +75,17 @@ def locate(name: str) -> Source:
             "once (a private model also needs HF_TOKEN), or name the folder of a model at hand"
         )
     return source
+
+
+def is_cached(hub_id: str, file: str) -> bool:
+    """Whether weights are in the Hugging Face cache, with all parts that an index names."""
+    path = try_to_load_from_cache(hub_id, file)
+    if not isinstance(path, str):
+        return False
+    if not file.endswith(".index.json"):
+        return True
+    parts = set(json.loads(Path(path).read_text())["weight_map"].values())
+    return all(is_cached(hub_id, part) for part in parts)
 
 
 def hub_problem(hub_id: str) -> Exception | None:

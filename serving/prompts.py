@@ -27,6 +27,13 @@ class TextRequest(BaseModel):
             raise ValueError("the prompt has a lone surrogate, which is no character") from None
         return prompt
 
+    @field_validator("max_new_tokens", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a number is needed")
+        return value
+
     @field_validator("max_new_tokens")
     @classmethod
     def _check_max_new_tokens(cls, value: int, info: ValidationInfo) -> int:

@@ -16,8 +16,8 @@ from transformers import AsyncTextIteratorStreamer, PreTrainedTokenizerBase, Sto
 class TokenDecoder:
     """Turns the token ids of one reply into text, whole characters at a time.
 
-    The pieces joined are exactly `tokenizer.decode(ids, skip_special_tokens=True)`. An emoji or a
-    Chinese character is often several tokens; its first ones give "" and its last one the whole.
+    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`. An emoji or a Chinese
+    character is often several tokens; its first ones give "" and its last one the whole.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -25,18 +25,15 @@ class TokenDecoder:
         self.ids: list[int] = []
         self.decoded = 0  # characters given so far
         # Incremental decoding comes with the Rust tokenizers, which nearly all models have.
-        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self.stream = DecodeStream(skip_special_tokens=True)
 
     def step(self, token: int) -> str:
         """The text that this token completes, "" if it completes none."""
         self.ids.append(token)
-        if self.backend is not None:
-            text = self.stream.step(self.backend, token) or ""
-        else:
-            text = self._rest()
-            if text.endswith("\ufffd"):  # how decoders write bytes that are no character yet
-                return ""
+        text = self._next(token) if self.backend else self._rest()
+        if not self.backend and text.endswith("\ufffd"):  # bytes that are no character yet
+            return ""
         self.decoded += len(text)
         return text
 
@@ -45,6 +42,15 @@ class TokenDecoder:
         text = self._rest()
         self.decoded += len(text)
         return text
+
+    def _next(self, token: int) -> str:
+        try:
+            return self.stream.step(self.backend, token) or ""
+        except Exception:
+            # DecodeStream gives up on a byte-fallback tokenizer (Llama 2) if the model writes
+            # bytes that can become no character. The long way goes on.
+            self.backend = None
+            return self._rest()
 
     def _rest(self) -> str:
         text = self.tokenizer.decode(

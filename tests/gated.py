@@ -25,15 +25,22 @@ HANG_S = 60  # only bounds a hang
 
 @ray.remote(num_cpus=0)
 class GateActor:
-    """Counts the events of one bot: "submitted" to the model's thread, "step", "left" a stream."""
+    """Counts the events of one bot: "submitted", "step", "left", for the Batchbot "asked"."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Condition()
-        self.set(math.inf, None)
-
-    def set(self, steps: float, fail_at: int | None) -> None:
+        self.era = 0
         self.events: Counter[str] = Counter()
-        self.allowed, self.fail_at = steps, fail_at
+        self.allowed: float = math.inf
+        self.fail_at: int | None = None
+
+    async def set(self, steps: float, fail_at: int | None) -> None:
+        """Begin anew; what an earlier test still holds goes on."""
+        async with self.changed:
+            self.era += 1
+            self.events.clear()
+            self.allowed, self.fail_at = steps, fail_at
+            self.changed.notify_all()
 
     async def release(self, steps: float) -> None:
         async with self.changed:
@@ -48,10 +55,10 @@ class GateActor:
     async def step(self) -> bool:
         """Wait for leave to take a step; return whether it is to fail."""
         await self.record("step")
-        step = self.events["step"]
+        step, era = self.events["step"], self.era
         async with self.changed:
-            await self.changed.wait_for(lambda: self.allowed >= step)
-        return step == self.fail_at
+            await self.changed.wait_for(lambda: self.allowed >= step or self.era != era)
+        return step == self.fail_at and self.era == era
 
     async def wait(self, event: str, count: int) -> None:
         async with self.changed:
@@ -135,6 +142,7 @@ class GatedChatbot(GatedText, Chatbot.func_or_class):
 
 class GatedBatchbot(Gated, Batchbot.func_or_class):
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
+        self.gate.record.remote("asked")
         try:
             async with aclosing(super().stream_row(row)) as chunks:
                 async for text in chunks:

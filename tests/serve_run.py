@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+READY_S = 60  # as the README's reader is promised
 SERVE = Path(sys.executable).with_name("serve")
 # Not the Ray of the other tests, and no hub, as on a machine without a network.
 ENVIRONMENT = os.environ | {
@@ -22,7 +24,7 @@ ENVIRONMENT = os.environ | {
 
 @contextmanager
 def serve_run(folder: Path, *arguments: str) -> Iterator[list[str]]:
-    """`serve run` until the bot is ready, with what it printed so far; Ctrl-C ends it."""
+    """`serve run`, once the bot is ready, and the lines that it prints; Ctrl-C ends it."""
     process = subprocess.Popen(
         [SERVE, "run", *arguments],
         cwd=folder,
@@ -32,15 +34,26 @@ def serve_run(folder: Path, *arguments: str) -> Iterator[list[str]]:
         text=True,
         start_new_session=True,
     )
-    printed = []
-    try:
-        for line in process.stdout:
+    printed: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        for line in process.stdout or []:
             printed.append(line)
             if "is ready at" in line:
-                break
-        else:
-            pytest.fail("".join(printed))
+                ready.set()
+        ready.set()  # also when it has ended before
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        if not ready.wait(READY_S) or process.poll() is not None:
+            pytest.fail(f"`serve run` is not ready: {''.join(printed)}")
         yield printed
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+            reader.join()

@@ -105,6 +105,19 @@ def test_the_model_runs_no_longer_than_the_longest_row(pairs):
     assert pairs.gate.count("step") == 5
 
 
+def test_prompts_that_arrive_while_a_batch_runs_make_one_next_batch(batchbot, loaded):
+    batchbot.gate.hold_after(0)
+    with ThreadPoolExecutor(4) as callers:
+        replies = [callers.submit(http_reply, batchbot, SHORT, 2)]
+        batchbot.gate.wait("step", 1)
+        for number in range(3):  # one by one, not at the same moment
+            replies.append(callers.submit(http_reply, batchbot, SHORT, 2))
+            batchbot.gate.wait("asked", number + 2)
+        batchbot.gate.release()
+        assert {reply.result() for reply in replies} == {reference(loaded, [SHORT], 2)}
+    assert batchbot.gate.count("submitted") == 2
+
+
 def test_a_client_that_leaves_stops_its_row_alone(pairs, loaded):
     pairs.gate.hold_after(3)
     with ThreadPoolExecutor(1) as caller:

@@ -5,6 +5,8 @@ from conftest import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, Bots, refer
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
+from chatbot import MAX_PROMPTS_AHEAD
+
 HANG_S = 60
 
 
@@ -104,6 +106,16 @@ def test_prompts_sent_ahead_are_answered_in_order(chatbot, loaded):
             turns.append(prompt)
             turns.append("".join(receive(websocket)))
             assert turns[-1] == reference(loaded, turns[:-1], CHAT_MAX_NEW_TOKENS)
+
+
+def test_a_client_that_sends_too_many_prompts_ahead_is_told_so(chatbot):
+    chatbot.gate.hold_after(0)
+    with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
+        for _ in range(MAX_PROMPTS_AHEAD + 2):
+            websocket.send("Hello!")
+        websocket.recv(timeout=HANG_S)
+    assert closed.value.rcvd.code == 1013
+    chatbot.gate.wait("left", 1)
 
 
 def test_100_sockets_are_open_at_once_and_prompts_wait_their_turn(chatbot):

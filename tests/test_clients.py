@@ -147,6 +147,16 @@ def test_a_chat_that_fails_in_mid_stream_is_one_line_and_status_1(bots: Bots):
     )
 
 
+@pytest.mark.parametrize("script", [STREAM, CHAT])
+def test_a_reader_who_has_had_enough_is_no_error(bots: Bots, script):
+    url = bots.textbot.http if script == STREAM else bots.chatbot.ws
+    ask = f"echo Tell me a story about dogs. | {sys.executable} {script} --url {url}"
+    ran = subprocess.run(
+        f"{ask} | head -c 4", shell=True, cwd=REPOSITORY, capture_output=True, timeout=HANG_S
+    )
+    assert (len(ran.stdout), ran.stderr) == (4, b"")
+
+
 def test_a_refusal_is_one_line_and_status_1(bots: Bots):
     ran = run(STREAM, " ", "--url", bots.textbot.http)
     assert ran.returncode == 1

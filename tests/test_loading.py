@@ -17,11 +17,11 @@ import torch
 from conftest import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from huggingface_hub import constants
 from scripted import byte_tokenizer
-from transformers import T5Config
+from transformers import AutoTokenizer, T5Config
 
 from serving.encoding import encode
 from serving.loading import check_model, load_model
-from serving.locating import EMBEDDED, ModelError
+from serving.locating import EMBEDDED, ModelError, locate
 
 NAME = "somebody/some-model"
 
@@ -66,8 +66,9 @@ def test_the_dtype_is_the_one_asked_for(emoji_model, dtype):
 def test_replies_are_greedy_whatever_the_generation_config_says(copy_of_model, caplog):
     path = copy_of_model / "generation_config.json"
     config = json.loads(path.read_text())
-    sampling = {"do_sample": True, "temperature": 9.0, "top_k": 5, "top_p": 0.5, "num_beams": 1}
-    path.write_text(json.dumps(config | sampling | {"max_length": 3}))
+    sampling = {"do_sample": True, "temperature": 9.0, "top_k": 5, "top_p": 0.5}
+    others = {"max_length": 3, "repetition_penalty": 9.0, "stop_strings": ["!"], "num_beams": 2}
+    path.write_text(json.dumps(config | sampling | others))
     caplog.clear()
     assert reply(str(copy_of_model)) == EMOJI_REPLY
     assert not caplog.records
@@ -80,6 +81,39 @@ def test_a_reply_ends_at_the_end_token_of_the_tokenizer_too(copy_of_model):
     loaded = load_model(str(copy_of_model))
     assert loaded.model.generation_config.eos_token_id == [loaded.tokenizer.eos_token_id, 7]
     assert reply(str(copy_of_model)) == EMOJI_REPLY
+
+
+def test_padding_is_always_a_token_that_the_model_knows(copy_of_model):
+    tokenizer = AutoTokenizer.from_pretrained(copy_of_model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(copy_of_model)
+    loaded = load_model(str(copy_of_model))
+    assert loaded.model.generation_config.pad_token_id == tokenizer.eos_token_id
+    settings = json.loads((copy_of_model / "tokenizer_config.json").read_text())
+    del settings["pad_token"], settings["eos_token"]
+    (copy_of_model / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((copy_of_model / name).read_text())
+        (copy_of_model / name).write_text(json.dumps(config | {"eos_token_id": None}))
+    loaded = load_model(str(copy_of_model))
+    assert loaded.model.generation_config.eos_token_id is None
+    assert loaded.model.generation_config.pad_token_id == 0
+
+
+def test_an_index_without_its_shards_is_not_taken_for_a_cached_model(tmp_path, monkeypatch, no_hub):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / f"models--{NAME.replace('/', '--')}"
+    snapshot = repository / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model-1.safetensors").touch()
+    with pytest.raises(ModelError, match="connect to the hub"):
+        locate(NAME)
+    (snapshot / "model-2.safetensors").touch()
+    assert locate(NAME).options == {"local_files_only": True}
 
 
 def test_a_hub_id_in_the_cache_needs_no_hub(emoji_model, tmp_path):
@@ -201,7 +235,8 @@ def save_gguf_model(path: Path) -> None:
 def test_a_gguf_file_in_a_folder_is_a_model(tmp_path, monkeypatch):
     save_gguf_model(tmp_path / "tiny.gguf")
     monkeypatch.chdir(tmp_path)
-    assert check_model("./:tiny.gguf") == (f"{tmp_path}:tiny.gguf", 64)
+    name, _, context = check_model("./:tiny.gguf")
+    assert (name, context) == (f"{tmp_path}:tiny.gguf", 64)
     loaded = load_model("./:tiny.gguf", "bfloat16")
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.tokenizer.chat_template

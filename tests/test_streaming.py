@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import EMOJI_PROMPT, EMOJI_REPLY
 from scripted import byte_tokenizer
-from transformers import ByT5Tokenizer, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models
+from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from serving.loading import LoadedModel, load_model
 from serving.streaming import ReplyStreamer, TokenDecoder, errors_to
@@ -115,3 +116,30 @@ def test_a_reader_who_leaves_stops_the_model_within_one_token(emoji):
 
     asyncio.run(read())
     assert steps == 3
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: words, and a token for each byte of everything else."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hi", "!"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_bytes_of_a_byte_fallback_tokenizer_become_whole_characters():
+    tokenizer, text = byte_fallback_tokenizer(), "\n你好 🐢!"
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
+    decoder = TokenDecoder(tokenizer)
+    assert [piece for token in ids if (piece := decoder.step(token))] == list(text)
+
+
+def test_bytes_that_become_no_character_do_not_end_the_reply():
+    tokenizer = byte_fallback_tokenizer()
+    tokens = ["<0x0A>", "<0xF0>", "<0x9F>", "!", "▁Hi", "<0xC3>", "<0xA9>"]
+    decoder = TokenDecoder(tokenizer)
+    text = "".join(decoder.step(i) for i in tokenizer.convert_tokens_to_ids(tokens))
+    assert text.startswith("\n")
+    assert text.endswith("! Hié")
