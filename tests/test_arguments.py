@@ -1,0 +1,99 @@
+"""serving/arguments.py: what is checked before anything is deployed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import EMOJI_PROMPT
+from huggingface_hub import constants
+from pydantic import ValidationError
+from scripted import save_scripted_model
+from transformers import AutoTokenizer
+
+from batchbot import build
+from serving.arguments import BatchbotArguments, BotArguments, ChatbotArguments
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_scripted_model(tmp_path / "model", len(EMOJI_PROMPT), "Hello", context=128)
+    return tmp_path / "model"
+
+
+def test_without_arguments_the_default_model_may_be_replaced():
+    assert BotArguments().constructor_arguments() == {
+        "model": "microsoft/DialoGPT-small",
+        "fallback": "tiny-dialog",
+        "max_new_tokens": None,
+        "dtype": "float32",
+        "system_prompt": None,
+    }
+
+
+def test_a_relative_folder_becomes_absolute(model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    arguments = BotArguments(model="./model").constructor_arguments()
+    assert arguments["model"] == str(model)
+    assert "fallback" not in arguments
+
+
+def test_options_reach_ray_and_the_batch():
+    arguments = BatchbotArguments(num_cpus=0.5, num_replicas="auto", max_batch_size=3)
+    assert arguments.deployment_options() == {
+        "num_replicas": "auto",
+        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 0.0},
+        "user_config": {"max_batch_size": 3, "batch_wait_timeout_s": 0.02},
+    }
+    build(arguments)
+
+
+@pytest.mark.parametrize("name", [None, "model"])
+def test_a_reply_that_leaves_no_room_for_a_prompt_is_refused(model, name):
+    arguments = BotArguments(model=name and str(model), max_new_tokens=512)
+    with pytest.raises(ValueError, match="max_new_tokens is 512: from 1 to"):
+        arguments.constructor_arguments()
+
+
+def test_a_system_prompt_that_does_not_fit_is_refused(model):
+    arguments = BotArguments(model=str(model), system_prompt="Be kind. " * 30)
+    with pytest.raises(ValueError, match=r"system_prompt: .* tokens, 64 fit"):
+        arguments.constructor_arguments()
+
+
+def test_a_system_prompt_that_the_chat_template_does_not_know_is_refused(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = NO_SYSTEM + "{{ messages[0].content }}"
+    tokenizer.save_pretrained(model)
+    BotArguments(model=str(model)).constructor_arguments()
+    arguments = BotArguments(model=str(model), system_prompt="Be kind.")
+    with pytest.raises(ValueError, match=r"system_prompt: .*no system"):
+        arguments.constructor_arguments()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": "0"},
+        {"max_new_tokens": "many"},
+        {"dtype": "int8"},
+        {"num_cpus": "-1"},
+        {"num_replicas": "0"},
+        {"end_of_response": "x"},
+        {"model": ""},
+        {"api_key": "secret"},
+    ],
+    ids=json.dumps,
+)
+def test_a_wrong_argument_is_named(wrong):
+    with pytest.raises(ValidationError) as error:
+        ChatbotArguments(**wrong)
+    assert error.value.errors()[0]["loc"][0] == next(iter(wrong))
