@@ -99,14 +99,29 @@ class Gate:
         return ray.get(self.actor.count.remote(event))
 
 
-class ReportingThread(ThreadPoolExecutor):
+class Reporter:
+    """Tells the gate what happens, from a thread of its own.
+
+    Ray cancels the calls that a cancelled request has made, and with them the news of its end.
+    """
+
     def __init__(self, gate: Any) -> None:
-        super().__init__(max_workers=1)
         self.gate = gate
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.thread.submit(int).result()  # the thread begins here, outside of any request
+
+    def __call__(self, event: str) -> None:
+        self.thread.submit(lambda: ray.get(self.gate.record.remote(event)))
+
+
+class ReportingThread(ThreadPoolExecutor):
+    def __init__(self, report: Reporter) -> None:
+        super().__init__(max_workers=1)
+        self.report = report
 
     def submit(self, *args: Any) -> Future[Any]:
         future = super().submit(*args)
-        self.gate.record.remote("submitted")
+        self.report("submitted")
         return future
 
 
@@ -114,7 +129,8 @@ class Gated:
     async def __init__(self, gate: Any, **arguments: Any) -> None:
         await super().__init__(**arguments)
         self.gate = gate
-        self.model_thread = ReportingThread(gate)
+        self.report = Reporter(gate)
+        self.model_thread = ReportingThread(self.report)
         self.model.register_forward_pre_hook(self.before_step)
 
     def before_step(self, *_: Any) -> None:
@@ -129,7 +145,7 @@ class GatedText(Gated):
                 async for text in chunks:
                     yield text
         finally:
-            self.gate.record.remote("left")
+            self.report("left")
 
 
 class GatedTextbot(GatedText, Textbot.func_or_class):
@@ -142,13 +158,13 @@ class GatedChatbot(GatedText, Chatbot.func_or_class):
 
 class GatedBatchbot(Gated, Batchbot.func_or_class):
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
-        self.gate.record.remote("asked")
+        self.report("asked")
         try:
             async with aclosing(super().stream_row(row)) as chunks:
                 async for text in chunks:
                     yield text
         finally:
-            self.gate.record.remote("left")
+            self.report("left")
 
 
 def gated(bot: type, original: serve.Deployment) -> serve.Deployment:
