@@ -69,7 +69,8 @@ class BotArguments(BaseModel, extra="forbid"):
         try:
             encode([*begin(self.system_prompt), {"role": "user", "content": "Hi"}], tokenizer, room)
         except Exception as error:
-            raise ValueError(f"system_prompt: the model cannot take it: {error}") from error
+            culprit = "system_prompt" if self.system_prompt else "max_new_tokens"
+            raise ValueError(f"{culprit}: the model cannot take it: {error}") from error
         return arguments
 
 

@@ -11,7 +11,7 @@ Turn = dict[str, str]
 
 # Text of more bytes is not worth tokenizing: real text has 3 to 6 bytes a token.
 MAX_BYTES_PER_TOKEN = 64
-MAX_BYTES = 4_000_000  # about a second's work
+MAX_BYTES = 4_000_000  # some seconds' work
 
 
 class PromptTooLong(ValueError):

@@ -63,6 +63,12 @@ def test_a_reply_that_leaves_no_room_for_a_prompt_is_refused(model, name):
         arguments.constructor_arguments()
 
 
+def test_a_reply_that_leaves_no_room_for_the_shortest_prompt_is_refused(model):
+    arguments = BotArguments(model=str(model), max_new_tokens=127)
+    with pytest.raises(ValueError, match=r"^max_new_tokens: .* tokens, 1 fit"):
+        arguments.constructor_arguments()
+
+
 def test_a_system_prompt_that_does_not_fit_is_refused(model):
     arguments = BotArguments(model=str(model), system_prompt="Be kind. " * 30)
     with pytest.raises(ValueError, match=r"system_prompt: .* tokens, 64 fit"):
