@@ -3,28 +3,37 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import torch
 from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 
+from serving.access import Access
 from serving.arguments import BotArguments
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
+from serving.metrics import BotMetrics
+from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.prompts import TextRequest, read_request
-from serving.responses import EXCEPTION_HANDLERS, MIDDLEWARE, TextStream
-from serving.streaming import ReplyStreamer, errors_to
+from serving.responses import HTTP, TextStream
+from serving.streaming import ReplyStreamer
 
 logger = logging.getLogger("ray.serve")
 
-fastapi_app = FastAPI(title="Textbot", middleware=MIDDLEWARE, exception_handlers=EXCEPTION_HANDLERS)
+fastapi_app = FastAPI(title="Textbot", **HTTP)
 
 
-# One request generates at a time; the others hold a place and wait, which costs next to nothing.
-@serve.deployment(max_ongoing_requests=100)
+# One request generates at a time. The others wait, which costs next to nothing, but a hundred
+# replies take minutes: who would have to wait longer is better told so at once. Every request is
+# queued in Serve's proxy for a moment, so that as many as a replica takes must fit there too.
+@serve.deployment(
+    max_ongoing_requests=100,
+    max_queued_requests=100,
+    backpressure_config=BackpressureConfig(retry_after_s=10),
+)
 @serve.ingress(fastapi_app)
 class Textbot:
     """Streams one reply at a time; other requests wait in order."""
@@ -35,6 +44,8 @@ class Textbot:
         max_new_tokens: int | None = None,
         dtype: str = "float32",
         system_prompt: str | None = None,
+        access: Access | None = None,
+        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
     ) -> None:
         self.model_name, self.model, self.tokenizer, self.context = load_model(
@@ -42,8 +53,9 @@ class Textbot:
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.system_prompt = system_prompt
-        # One thread: a second one would bring its own OpenMP team and fight for the same cores.
-        self.model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.access = access or Access()
+        self.metrics = BotMetrics()
+        self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.post("/")
@@ -51,27 +63,24 @@ class Textbot:
         self, request: Annotated[TextRequest, Depends(read_request)]
     ) -> TextStream:
         """Start the reply in the model's thread; return its stream when the first text is there."""
+        streamer = ReplyStreamer(self.tokenizer)
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
         room = self.context - request.max_new_tokens
         input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
-        streamer = ReplyStreamer(self.tokenizer)
-        self.model_thread.submit(self.generate_text, input_ids, request.max_new_tokens, streamer)
+        self.model_thread.submit(streamer, self.generate_text, input_ids, request.max_new_tokens)
         return await TextStream.start(self.consume_streamer(streamer))
 
     def generate_text(
         self, input_ids: list[int], max_new_tokens: int, streamer: ReplyStreamer
     ) -> None:
         """Run the model, in its thread: each token goes to the streamer as it is generated."""
-        if streamer.cancelled:  # the client left while it waited
-            return
-        with errors_to(streamer):
-            self.model.generate(
-                torch.tensor([input_ids], device=self.model.device),
-                attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                stopping_criteria=[streamer],
-            )
+        self.model.generate(
+            torch.tensor([input_ids], device=self.model.device),
+            attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stopping_criteria=[streamer],
+        )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         """Yield the reply's text as it comes; when the client leaves, stop the model."""
@@ -80,6 +89,11 @@ class Textbot:
                 yield text
         finally:
             streamer.cancel()
+            self.metrics.record_reply(streamer.asked, streamer.token_times)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica if this raises."""
+        self.model_thread.check()
 
 
 def build(args: BotArguments) -> Application:

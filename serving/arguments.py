@@ -7,16 +7,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from serving.access import Access
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import check_model
 from serving.locating import EMBEDDED, ModelError
+from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_BATCH_WAIT_S = 0.02
 
 
-class BotArguments(BaseModel, extra="forbid"):
+class BotArguments(Access):
     """What all bots take, on the command line or as `args:` in a Serve config file."""
 
     model: str | None = Field(
@@ -37,6 +39,12 @@ class BotArguments(BaseModel, extra="forbid"):
     system_prompt: str | None = Field(
         default=None, description="Instructions that begin every conversation."
     )
+    stall_timeout_s: float = Field(
+        default=DEFAULT_STALL_TIMEOUT_S,
+        gt=0,
+        description="Seconds without a token after which a reply has failed and Serve replaces "
+        "the replica. Must be longer than the first token of the longest prompt takes.",
+    )
     num_cpus: float = Field(default=1.0, ge=0, description="Cores that Ray reserves per replica.")
     num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves per replica.")
     num_replicas: PositiveInt | Literal["auto"] = Field(
@@ -54,9 +62,16 @@ class BotArguments(BaseModel, extra="forbid"):
         """For `Deployment.bind`, checked as far as that is possible before anything is deployed.
 
         A model that is named is never replaced by another: ModelError is raised if it cannot be
-        loaded, ValueError if `max_new_tokens` or `system_prompt` do not suit it.
+        loaded, ValueError if `max_new_tokens` or `system_prompt` do not suit it, or if
+        `api_key_file` holds no key.
         """
-        arguments = self.model_dump(include={"max_new_tokens", "dtype", "system_prompt"})
+        access = Access.model_validate(self.model_dump(include=set(Access.model_fields)))
+        if access.api_key_file is not None:
+            access.api_key_file = access.api_key_file.expanduser().absolute()
+            access.read_api_key()
+        arguments = self.model_dump(
+            include={"max_new_tokens", "dtype", "system_prompt", "stall_timeout_s"}
+        ) | {"access": access}
         if self.model is None:
             arguments |= {"model": DEFAULT_MODEL, "fallback": EMBEDDED}
             try:

@@ -30,16 +30,20 @@ def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: i
     fits; the system prompt stays. What is dropped never fits again, so it is dropped for good.
     Raises PromptTooLong if the last prompt does not fit alone.
     """
-    prompt = conversation[-1]["content"]
-    size, allowed = len(prompt.encode()), min(room * MAX_BYTES_PER_TOKEN, MAX_BYTES)
-    if size > allowed:
-        raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
+    check_size(conversation[-1]["content"], room)
     first = 1 if conversation[0]["role"] == "system" else 0
     while len(ids := tokenize(conversation, tokenizer)) > room:
         if len(conversation) - first == 1:
             raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room} fit")
         del conversation[first : first + 2]
     return ids
+
+
+def check_size(prompt: str, room: int) -> None:
+    """Raise PromptTooLong for what cannot fit, without the work of tokenizing it."""
+    size, allowed = len(prompt.encode()), min(room * MAX_BYTES_PER_TOKEN, MAX_BYTES)
+    if size > allowed:
+        raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
 
 
 def tokenize(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase) -> list[int]:

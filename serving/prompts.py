@@ -1,6 +1,7 @@
 """What a caller asks for: a prompt and its options, from the query or a JSON body, checked."""
 
 import json
+from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -21,10 +22,6 @@ class TextRequest(BaseModel):
     def _check_prompt(cls, prompt: str) -> str:
         if not prompt.strip():
             raise ValueError("a blank prompt has no reply")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the prompt has a lone surrogate, which is no character") from None
         return prompt
 
     @field_validator("max_new_tokens", mode="before")
@@ -43,6 +40,21 @@ class TextRequest(BaseModel):
         return value
 
 
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError with what is wrong, as "is not a JSON object"."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("is not a JSON object") from None
+    if not isinstance(fields, dict):
+        raise ValueError("is not a JSON object")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("has a lone surrogate, which is no character") from None
+    return fields
+
+
 async def read_request(request: Request) -> TextRequest:
     """The request's parameters: from the query, or from a JSON body with the same names.
 
@@ -54,12 +66,10 @@ async def read_request(request: Request) -> TextRequest:
     if body := await request.body():
         place = "body"
         try:
-            if not isinstance(fields := json.loads(body), dict):
-                raise ValueError
-            given |= fields
-        except (ValueError, RecursionError):
-            problem = {"type": "json_invalid", "msg": "the body is not a JSON object"}
-            raise RequestValidationError([problem | {"loc": ("body",)}]) from None
+            given |= parse_object(body)
+        except ValueError as error:
+            problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
+            raise RequestValidationError([problem]) from None
     try:
         return TextRequest.model_validate(given, context={"limit": limit})
     except ValidationError as error:

@@ -1,5 +1,6 @@
 """What every bot answers with: text as it comes, the model's name, and errors as JSON."""
 
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 from urllib.parse import quote
@@ -11,7 +12,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.encoding import PromptTooLong
+from serving.access import GuardAccess
+from serving.encoding import MAX_BYTES, PromptTooLong
+from serving.metrics import CountOutcomes
+
+MAX_BODY_BYTES = MAX_BYTES + 1000  # read into memory before the prompt in it can be measured
 
 
 class TextStream(StreamingResponse):
@@ -76,5 +81,23 @@ async def failed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": detail}, status_code=500, headers=model_header())
 
 
-MIDDLEWARE = [Middleware(NameTheModel)]
-EXCEPTION_HANDLERS: dict[int | type[Exception], Any] = {PromptTooLong: too_long, Exception: failed}
+def traceback_once(record: logging.LogRecord) -> bool:
+    """A filter for the log of Serve, which reports a failed batch once for each of its requests.
+
+    The traceback of the exception that they share is written with the first of them.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None:
+        if getattr(error, "was_logged", False):
+            record.exc_info = None
+            record.msg = f"{record.msg} {type(error).__name__}, see above."
+        error.was_logged = True  # type: ignore[attr-defined]
+    return True
+
+
+# For FastAPI: what is the same in all bots.
+HTTP: dict[str, Any] = {
+    "middleware": [Middleware(NameTheModel), Middleware(CountOutcomes), Middleware(GuardAccess)],
+    "exception_handlers": {PromptTooLong: too_long, Exception: failed},
+    "max_body_size": MAX_BODY_BYTES,
+}

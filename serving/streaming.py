@@ -4,9 +4,9 @@
 the streamer on the event loop. Nobody polls: each piece of text wakes the loop once.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+import time
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -71,8 +71,22 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
         self.decoder = TokenDecoder(tokenizer)
+        self.asked = time.monotonic()
+        self.token_times: list[float] = []
         self.seen_prompt = False
         self.cancelled = False
+        self.finished = False
+
+    @property
+    def progress(self) -> float:
+        """When the last token came, by time.monotonic; 0.0 before the first."""
+        return self.token_times[-1] if self.token_times else 0.0
+
+    def finish_reason(self, ends: Collection[int]) -> str:
+        """Why the reply is over: "cancelled", "stop" at a token that ends it, or "length"."""
+        if self.cancelled:
+            return "cancelled"
+        return "stop" if self.decoder.ids and self.decoder.ids[-1] in ends else "length"
 
     # Called in the model's thread
 
@@ -80,18 +94,16 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
         """Take the prompt, shape (1, prompt length), and then one token at a time, shape (1,)."""
         if not self.seen_prompt:
             self.seen_prompt = True
-        elif text := self.decoder.step(int(value)):
-            self.on_finalized_text(text)
+            return
+        self.token_times.append(time.monotonic())
+        if text := self.decoder.step(int(value)):
+            self._send(text)
 
     def end(self) -> None:
         """The reply is complete."""
         if text := self.decoder.flush():
-            self.on_finalized_text(text)
-        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, self.stop_signal)
-
-    def fail(self, error: Exception) -> None:
-        """End the stream with an exception, raised where it is read."""
-        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, error)
+            self._send(text)
+        self._send(self.stop_signal)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether to stop, shape (1,): asked by `generate` after each token."""
@@ -100,29 +112,26 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
     # Called on the event loop
 
     async def __anext__(self) -> str:
-        text = await super().__anext__()
+        try:
+            text = await super().__anext__()
+        except StopAsyncIteration:
+            self.finished = True
+            raise
         if isinstance(text, Exception):
             raise text
         return text
 
+    # Called in both
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an exception, raised where it is read."""
+        self._send(error)
+
     def cancel(self) -> None:
-        """Nobody reads on: `generate` stops at its next token, or never starts."""
-        self.cancelled = True
+        """Stop `generate` at its next token, or before its first; what is read ends here."""
+        if not self.finished:
+            self.cancelled = True
+            self._send(self.stop_signal)
 
-
-class Failing(Protocol):
-    """A streamer that can end with an exception."""
-
-    def fail(self, error: Exception) -> None: ...
-
-
-@contextmanager
-def errors_to(streamer: Failing) -> Iterator[None]:
-    """Send an exception of the `generate` inside to whoever reads the streamer.
-
-    Without it the exception would end in the thread's future, and the reader would wait for ever.
-    """
-    try:
-        yield
-    except Exception as error:
-        streamer.fail(error)
+    def _send(self, item: str | Exception | None) -> None:
+        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, item)

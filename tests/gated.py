@@ -8,7 +8,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -114,24 +114,19 @@ class Reporter:
         self.thread.submit(lambda: ray.get(self.gate.record.remote(event)))
 
 
-class ReportingThread(ThreadPoolExecutor):
-    def __init__(self, report: Reporter) -> None:
-        super().__init__(max_workers=1)
-        self.report = report
-
-    def submit(self, *args: Any) -> Future[Any]:
-        future = super().submit(*args)
-        self.report("submitted")
-        return future
-
-
 class Gated:
     async def __init__(self, gate: Any, **arguments: Any) -> None:
         await super().__init__(**arguments)
         self.gate = gate
         self.report = Reporter(gate)
-        self.model_thread = ReportingThread(self.report)
+        self.submit = self.model_thread.submit
+        self.model_thread.submit = self.submit_and_report
         self.model.register_forward_pre_hook(self.before_step)
+
+    def submit_and_report(self, *arguments: Any) -> int:
+        ahead = self.submit(*arguments)
+        self.report("submitted")
+        return ahead
 
     def before_step(self, *_: Any) -> None:
         if ray.get(self.gate.step.remote()):
@@ -169,6 +164,4 @@ class GatedBatchbot(Gated, Batchbot.func_or_class):
 
 def gated(bot: type, original: serve.Deployment) -> serve.Deployment:
     """A deployment of a gated bot with the options of the original."""
-    return serve.deployment(bot).options(
-        name=original.name, max_ongoing_requests=original.max_ongoing_requests
-    )
+    return original.options(func_or_class=bot)

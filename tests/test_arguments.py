@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import EMOJI_PROMPT
 from huggingface_hub import constants
 from pydantic import ValidationError
+from running_bots import EMOJI_PROMPT
 from scripted import save_scripted_model
 from transformers import AutoTokenizer
 
 from batchbot import build
+from serving.access import Access
 from serving.arguments import BatchbotArguments, BotArguments, ChatbotArguments
 
 NO_SYSTEM = (
@@ -36,6 +37,8 @@ def test_without_arguments_the_default_model_may_be_replaced():
         "max_new_tokens": None,
         "dtype": "float32",
         "system_prompt": None,
+        "stall_timeout_s": 120.0,
+        "access": Access(),
     }
 
 

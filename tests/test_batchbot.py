@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from conftest import (
+from ray import serve
+from running_bots import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
     MAX_NEW_TOKENS,
@@ -15,7 +16,6 @@ from conftest import (
     http_reply,
     reference,
 )
-from ray import serve
 
 from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
 

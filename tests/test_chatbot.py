@@ -1,14 +1,11 @@
 """chatbot.py on a real Serve: a conversation per socket, and how each one ends."""
 
-import asyncio
-from types import SimpleNamespace
-
 import pytest
-from conftest import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, Bots, reference
+from running_bots import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, Bots, reference
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
-from chatbot import MAX_PROMPTS_AHEAD, Chatbot
+from serving.chat import MAX_PROMPTS_AHEAD
 
 HANG_S = 60
 
@@ -89,19 +86,6 @@ def test_emoji_and_chinese_arrive_whole(bots: Bots):
     with connect(bots.emoji_chatbot.ws) as websocket:
         websocket.send(EMOJI_PROMPT)
         assert receive(websocket) == list(EMOJI_REPLY)
-
-
-def test_a_piece_of_a_reply_that_equals_the_marker_goes_in_two_frames():
-    sent: list[str] = []
-
-    class Socket:
-        async def send_text(self, text: str) -> None:
-            sent.append(text)
-
-    bot = SimpleNamespace(end_of_response="<>")
-    for text in ("a", "<>", "<>b"):
-        asyncio.run(Chatbot.func_or_class.send_text(bot, Socket(), text))
-    assert sent == ["a", "<", ">", "<>b"]
 
 
 def test_a_blank_frame_is_answered_by_the_marker_alone(chatbot, loaded):

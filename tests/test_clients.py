@@ -5,7 +5,7 @@ import sys
 
 import pexpect
 import pytest
-from conftest import (
+from running_bots import (
     CHAT_MAX_NEW_TOKENS,
     MAX_NEW_TOKENS,
     REPOSITORY,

@@ -14,8 +14,8 @@ import gguf
 import numpy
 import pytest
 import torch
-from conftest import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from huggingface_hub import constants
+from running_bots import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from scripted import byte_tokenizer
 from transformers import AutoTokenizer, T5Config
 

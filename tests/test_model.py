@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, reference
+from running_bots import REPOSITORY, reference
 
 from serving.loading import load_model
 

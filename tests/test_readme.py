@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import requests
-from conftest import REPOSITORY
+from running_bots import REPOSITORY
 from serve_run import ENVIRONMENT, serve_run
 from websockets.sync.client import connect
 

@@ -2,18 +2,18 @@
 
 import asyncio
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMOJI_PROMPT, EMOJI_REPLY
+from running_bots import EMOJI_PROMPT, EMOJI_REPLY
 from scripted import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from serving.loading import LoadedModel, load_model
-from serving.streaming import ReplyStreamer, TokenDecoder, errors_to
+from serving.model_thread import ModelThread
+from serving.streaming import ReplyStreamer, TokenDecoder
 
 
 @pytest.fixture
@@ -22,16 +22,15 @@ def emoji(emoji_model: Path) -> LoadedModel:
 
 
 def generate(
-    model: PreTrainedModel, input_ids: list[int], streamer: ReplyStreamer, max_new_tokens: int = 200
+    model: PreTrainedModel, input_ids: list[int], max_new_tokens: int, streamer: ReplyStreamer
 ) -> None:
-    with errors_to(streamer):
-        model.generate(
-            torch.tensor([input_ids]),
-            attention_mask=torch.ones(1, len(input_ids)),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            stopping_criteria=[streamer],
-        )
+    model.generate(
+        torch.tensor([input_ids]),
+        attention_mask=torch.ones(1, len(input_ids)),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        stopping_criteria=[streamer],
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,10 +57,9 @@ def test_pieces_of_any_tokens_join_to_what_decode_says():
 def test_each_token_of_a_letter_is_text_at_once(emoji):
     async def read() -> list[str]:
         streamer = ReplyStreamer(emoji.tokenizer)
-        with ThreadPoolExecutor(1) as thread:
-            ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
-            thread.submit(generate, emoji.model, ids, streamer)
-            return [text async for text in streamer]
+        ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
+        ModelThread().submit(streamer, generate, emoji.model, ids, 200)
+        return [text async for text in streamer]
 
     assert asyncio.run(read()) == list(EMOJI_REPLY)
 
@@ -70,9 +68,8 @@ def test_a_reply_cut_inside_a_character_says_what_decode_says(emoji):
     async def read(max_new_tokens: int) -> str:
         streamer = ReplyStreamer(emoji.tokenizer)
         ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(generate, emoji.model, ids, streamer, max_new_tokens)
-            return "".join([text async for text in streamer])
+        ModelThread().submit(streamer, generate, emoji.model, ids, max_new_tokens)
+        return "".join([text async for text in streamer])
 
     ids = emoji.tokenizer(EMOJI_REPLY)["input_ids"]
     for length in range(1, 9):
@@ -85,10 +82,9 @@ def test_a_failure_of_generate_is_raised_where_the_stream_is_read(emoji):
 
     async def read() -> list[str]:
         streamer, texts = ReplyStreamer(emoji.tokenizer), []
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(generate, emoji.model, [0], streamer)
-            async for text in streamer:
-                texts.append(text)
+        ModelThread().submit(streamer, generate, emoji.model, [0], 200)
+        async for text in streamer:
+            texts.append(text)
         return texts
 
     hook = emoji.model.register_forward_pre_hook(fail)
@@ -110,8 +106,11 @@ def test_a_reader_who_leaves_stops_the_model_within_one_token(emoji):
                 streamer.cancel()
 
         hook = emoji.model.register_forward_pre_hook(before_step)
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(generate, emoji.model, [0], streamer)
+        thread, following = ModelThread(), ReplyStreamer(emoji.tokenizer)
+        thread.submit(streamer, generate, emoji.model, [0], 200)
+        thread.submit(following, ReplyStreamer.end)
+        async for _ in following:
+            pass
         hook.remove()
 
     asyncio.run(read())

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from conftest import EMOJI_PROMPT, EMOJI_REPLY, MAX_NEW_TOKENS, Bots, http_reply, reference
+from running_bots import EMOJI_PROMPT, EMOJI_REPLY, MAX_NEW_TOKENS, Bots, http_reply, reference
 
 PROMPTS = ["Hello!", "Tell me a story about dogs.", "I am tired. I worked all day. What can I do?"]
 

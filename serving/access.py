@@ -1,0 +1,179 @@
+"""Who may use a bot: which hosts it answers for, which web pages may ask, and who has the key.
+
+Without the first two, any web page that somebody visits could spend the model on that person's
+own machine: a browser sends `POST http://localhost:8000/?prompt=...` for it without asking.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable
+from hmac import compare_digest
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from ray import serve
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
+DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+def _split(value: Any) -> Any:
+    """Names from the command line come as one string, with commas between them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_host(host: str) -> str:
+    if not re.fullmatch(r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]", host):
+        raise ValueError(f"{host!r} is no host: a name or address without a port, *.name, or *")
+    return host
+
+
+def _check_origin(origin: str) -> str:
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z\d+.-]*://[^/?#@\s]+", origin):
+        raise ValueError(f"{origin!r} is no origin, such as https://chat.example.org, nor *")
+    return origin
+
+
+class Access(BaseModel, extra="forbid"):
+    """Who may use a bot."""
+
+    allowed_hosts: Annotated[
+        list[Annotated[str, AfterValidator(_check_host)]], BeforeValidator(_split)
+    ] = Field(
+        default=["localhost", "127.0.0.1", "[::1]"],
+        description="Host names that requests may be made to, without a port; *.example.org for "
+        "all names below it, * for any. By default this machine's own.",
+    )
+    allowed_origins: Annotated[
+        list[Annotated[str, AfterValidator(_check_origin)]], BeforeValidator(_split)
+    ] = Field(
+        default=[],
+        description="Web pages of other hosts that may ask, as https://chat.example.org; * for "
+        "all. Those of the bot's own host and port always may.",
+    )
+    api_key_file: Path | None = Field(
+        default=None,
+        description="File with the key that every request must carry, on each machine that runs a "
+        "replica. By default nobody is asked.",
+    )
+
+    def read_api_key(self) -> bytes | None:
+        """The key, without the white space around it. Raises ValueError if there is none."""
+        if self.api_key_file is None:
+            return None
+        try:
+            key = self.api_key_file.expanduser().read_bytes().strip()
+        except OSError as error:
+            raise ValueError(f"api_key_file: cannot be read: {error}") from None
+        if not key or len(key.split()) > 1:
+            raise ValueError(f"api_key_file: {self.api_key_file} must hold one key on one line")
+        return key
+
+    def guard(self, app: ASGIApp) -> ASGIApp:
+        """The app behind all checks: host, then origin, then key."""
+        app = RequireKey(app, key) if (key := self.read_api_key()) else app
+        # Inside the check of the origin, since CORS alone lets every request through: it only
+        # keeps the page from reading the answer. Outside that of the key: a browser asks first
+        # whether it may send one.
+        app = CORSMiddleware(
+            app,
+            allow_origins=self.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["X-Model"],
+        )
+        app = CheckOrigin(app, self.allowed_origins)
+        return TrustedHostMiddleware(app, self.allowed_hosts, www_redirect=False)
+
+
+class GuardAccess:
+    """ASGI middleware that keeps out whom this replica's `access` does not let in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.guarded: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # before the first request, also before the bot is there
+            await self.app(scope, receive, send)
+            return
+        if self.guarded is None:
+            self.guarded = serve.get_replica_context().servable_object.access.guard(self.app)
+        await self.guarded(scope, receive, send)
+
+
+class CheckOrigin:
+    """ASGI middleware: 403 for a web page that is neither the bot's own nor allowed."""
+
+    def __init__(self, app: ASGIApp, allowed_origins: Iterable[str]) -> None:
+        self.app = app
+        self.allowed_origins = set(allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app, headers = self.app, Headers(scope=scope)
+        for origin in headers.getlist("origin"):
+            if not self._is_allowed(origin, headers.get("host", "")):
+                app = JSONResponse({"detail": f"origin {origin} is not allowed"}, 403)
+        await app(scope, receive, send)
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        if not self.allowed_origins.isdisjoint(("*", origin)):
+            return True
+        # The bot sees http also where a proxy before it speaks https, so the scheme only says
+        # which port is meant by none.
+        try:
+            page = urlsplit(origin)
+            own = urlsplit(f"//{host}")
+            port = DEFAULT_PORTS[page.scheme]
+            return page.hostname is not None and (page.hostname, page.port or port) == (
+                own.hostname,
+                own.port or port,
+            )
+        except (ValueError, KeyError):  # "null", a port that is no number, another scheme
+            return False
+
+
+class RequireKey:
+    """ASGI middleware: 401 without the key.
+
+    HTTP and WebSocket clients send `Authorization: Bearer <key>`. A browser cannot do that on a
+    WebSocket; it offers the subprotocols `chat.v1` and `bearer.<key in base64url>` instead.
+    """
+
+    def __init__(self, app: ASGIApp, key: bytes) -> None:
+        self.app = app
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        # Every key is compared, in constant time: how long it takes tells nothing about ours.
+        if not any([compare_digest(key, self.key) for key in _keys(scope)]):
+            app = JSONResponse(
+                {"detail": "a key is needed: Authorization: Bearer <key>"},
+                401,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        await app(scope, receive, send)
+
+
+def _keys(scope: Scope) -> Iterable[bytes]:
+    """The keys that a request carries."""
+    for value in Headers(scope=scope).getlist("authorization"):
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() == "bearer":
+            yield key.strip().encode("latin-1")
+    for protocol in scope.get("subprotocols", []):
+        if protocol.startswith(BEARER_PROTOCOL):
+            encoded = protocol.removeprefix(BEARER_PROTOCOL)
+            try:
+                yield base64.b64decode(encoded + "=" * (-len(encoded) % 4), b"-_", validate=True)
+            except (binascii.Error, ValueError):
+                continue

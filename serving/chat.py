@@ -1,0 +1,125 @@
+"""One client's WebSocket: prompts are read ahead, and each is answered once, in order."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import WebSocketDisconnect
+
+from serving.metrics import BotMetrics
+from serving.model_thread import TooManyWaiting
+from serving.streaming import ReplyStreamer
+from serving.wire import REFUSALS, Wire, close
+
+MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt, or what is wrong with it, and the reply that it will get."""
+
+    text: str
+    max_new_tokens: int
+    streamer: ReplyStreamer
+    error: Exception | None = None
+
+
+class Chat:
+    """Iterate over it for the client's prompts, and answer each one inside `answer`."""
+
+    def __init__(
+        self, wire: Wire, new_streamer: Callable[[], ReplyStreamer], metrics: BotMetrics
+    ) -> None:
+        self.wire = wire
+        self.ws = wire.ws
+        self.new_streamer = new_streamer
+        self.metrics = metrics
+        self.prompts: asyncio.Queue[Prompt] = asyncio.Queue()
+        self.unanswered: list[Prompt] = []
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Accept the socket and read it; when the client leaves, what is inside is cancelled.
+
+        Reading on during a reply is how a client that leaves is noticed at once.
+        """
+        await self.wire.accept()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.read_prompts())
+                yield
+        except* WebSocketDisconnect:
+            pass
+        except* Exception as errors:
+            error = errors.exceptions[0]
+            if isinstance(error, REFUSALS):
+                self.metrics.count("refused")
+            else:
+                logger.exception("A chat failed")
+            await close(self.ws, error)
+        finally:
+            for _ in self.unanswered:
+                self.metrics.count("cancelled")
+
+    async def refuse(self, reason: str) -> None:
+        """Accept the socket, since a code can only be sent then, and close it with 1013."""
+        self.metrics.count("refused")
+        await self.wire.accept()
+        await close(self.ws, TooManyWaiting(reason))
+
+    async def read_prompts(self) -> None:
+        """Queue the client's prompts, in order, until it leaves."""
+        while True:
+            frame = await self.ws.receive()
+            if frame["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(frame["code"])
+            prompt = Prompt("", 0, self.new_streamer())
+            try:
+                request = self.wire.read(frame)
+            except REFUSALS as error:
+                prompt.error = error
+            else:
+                if request is None:  # stop
+                    for earlier in self.unanswered:
+                        earlier.streamer.cancel()
+                    continue
+                prompt.text, prompt.max_new_tokens = request.prompt, request.max_new_tokens
+            if len(self.unanswered) > MAX_PROMPTS_AHEAD:
+                raise TooManyWaiting(f"more than {MAX_PROMPTS_AHEAD} prompts wait for a reply")
+            self.unanswered.append(prompt)
+            self.prompts.put_nowait(prompt)
+
+    async def __aiter__(self) -> AsyncIterator[Prompt]:
+        """The client's prompts, except for what needs no model: those are answered here."""
+        while True:
+            prompt = await self.prompts.get()
+            if prompt.error is None and prompt.text.strip() and not prompt.streamer.cancelled:
+                yield prompt
+            else:
+                async with self.answer(prompt):
+                    if prompt.error is not None:
+                        raise prompt.error
+
+    @asynccontextmanager
+    async def answer(self, prompt: Prompt) -> AsyncIterator[None]:
+        """Send the end of the reply that is streamed inside, or the error that is raised there."""
+        try:
+            yield
+            outcome = "cancelled" if prompt.streamer.cancelled else "finished"
+            end = self.wire.send_done(prompt.streamer)
+        except WebSocketDisconnect:
+            raise
+        except REFUSALS as error:
+            outcome, end = "refused", self.wire.send_error(error)
+        except Exception as error:
+            logger.exception("A reply failed")
+            outcome, end = "failed", self.wire.send_error(error)
+        finally:
+            prompt.streamer.cancel()
+        self.unanswered.remove(prompt)
+        self.metrics.count(outcome)
+        await end

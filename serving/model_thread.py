@@ -1,0 +1,144 @@
+"""The thread in which a replica's model runs, and what happens when it hangs or dies."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+DEFAULT_STALL_TIMEOUT_S = 120.0  # the first token of a long prompt may take a slow machine a minute
+
+logger = logging.getLogger("ray.serve")
+
+
+class Streamer(Protocol):
+    """Where a run of the model goes: text for one reader, or tokens for those of a batch."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody reads on."""
+
+    @property
+    def progress(self) -> float:
+        """When it got its last token, by time.monotonic; 0.0 before the first."""
+
+    def end(self) -> None: ...
+    def fail(self, error: Exception) -> None: ...
+    def cancel(self) -> None: ...
+
+
+class ModelStalled(Exception):
+    """The model makes no progress, or its thread is dead. The replica must be replaced."""
+
+
+class TooManyWaiting(Exception):
+    """No further prompt may wait for the model."""
+
+
+class ModelThread:
+    """Runs the model for one streamer after the other.
+
+    In one thread: a second would bring its own OpenMP team and fight for the same cores. Every
+    streamer that is submitted ends: with its reply, with the exception that its run raised, or
+    with ModelStalled when there was no progress for `stall_timeout_s` seconds. The thread ends
+    with the replica's process, which must not wait for it: it may hang.
+    """
+
+    def __init__(
+        self,
+        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+        max_waiting: int | None = None,
+        report_waiting: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.stall_timeout_s = stall_timeout_s
+        self.max_waiting = max_waiting
+        self.report_waiting = report_waiting  # called whenever the number of waiting ones changes
+        self.jobs: SimpleQueue[tuple[Streamer, Callable[..., None], tuple[Any, ...]]] = (
+            SimpleQueue()
+        )
+        self.waiting: list[Streamer] = []
+        self.running: Streamer | None = None
+        self.changed = 0.0  # when a run last began or ended
+        self.error: ModelStalled | None = None
+        self.watched = False
+        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.thread.start()
+
+    # Called on the event loop
+
+    def submit(self, streamer: Streamer, generate: Callable[..., None], *arguments: Any) -> int:
+        """Have `generate(*arguments, streamer)` run when its turn comes.
+
+        Returns how many are ahead of it. Raises TooManyWaiting and ModelStalled.
+        """
+        self.check()
+        waiting, running = self._count_waiting(), self.running is not None
+        if self.max_waiting is not None and waiting >= self.max_waiting:
+            raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
+        self.waiting.append(streamer)
+        self.jobs.put((streamer, generate, arguments))
+        self.report_waiting(self._count_waiting())
+        if not self.watched:
+            self._watch_in(self.stall_timeout_s)
+        return waiting + running
+
+    def check(self) -> None:
+        """Raise ModelStalled if the model hangs or its thread is dead."""
+        if self.error is not None:
+            raise self.error
+
+    def _watch_in(self, seconds: float) -> None:
+        self.watched = True
+        asyncio.get_running_loop().call_later(seconds, self._watch)
+
+    def _watch(self) -> None:
+        self.watched = False
+        running = self.running
+        if running is None and not self.waiting:
+            return  # until the next one is submitted
+        progress = max(self.changed, running.progress if running else 0.0)
+        left = progress + self.stall_timeout_s - time.monotonic()
+        if left > 0:
+            self._watch_in(left)
+        else:
+            self._give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))
+
+    # Called in the model's thread
+
+    def _run(self) -> None:
+        while True:
+            streamer, generate, arguments = self.jobs.get()
+            self.running, self.changed = streamer, time.monotonic()
+            self.waiting.remove(streamer)
+            self.report_waiting(self._count_waiting())
+            try:
+                if streamer.cancelled:  # its reader left while it waited
+                    streamer.end()
+                else:
+                    generate(*arguments, streamer)
+            except Exception as error:
+                streamer.fail(error)
+            except (
+                BaseException
+            ) as error:  # such as SystemExit, which must not reach the event loop
+                death = ModelStalled(f"the model's thread died of {type(error).__name__}")
+                death.__cause__ = error
+                self._give_up(death)
+                return
+            self.running, self.changed = None, time.monotonic()
+            self.error = None  # it was only slow
+
+    # Called in both
+
+    def _count_waiting(self) -> int:
+        return sum(not streamer.cancelled for streamer in list(self.waiting))
+
+    def _give_up(self, error: ModelStalled) -> None:
+        """Fail all streamers; what of them has not begun never will."""
+        self.error = error
+        logger.error(f"{error}; Serve will replace this replica")
+        for streamer in [*filter(None, [self.running]), *self.waiting]:
+            streamer.fail(error)
+            streamer.cancel()

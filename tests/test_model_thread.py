@@ -1,0 +1,177 @@
+"""serving/model_thread.py: one run after the other, and every streamer ends."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from running_bots import HANG_S
+from scripted import byte_tokenizer
+
+from serving.model_thread import ModelStalled, ModelThread, TooManyWaiting
+from serving.streaming import ReplyStreamer
+
+TOKENIZER = byte_tokenizer(512)
+
+
+def say(text: str, streamer: ReplyStreamer) -> None:
+    streamer._send(text)
+    streamer.end()
+
+
+def die(error: BaseException, streamer: ReplyStreamer) -> None:
+    raise error
+
+
+class Skipped(ReplyStreamer):
+    """Tells when its turn came although it was over."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.skipped = threading.Event()
+
+    def end(self) -> None:
+        self.skipped.set()
+
+
+async def read(streamer: ReplyStreamer) -> str:
+    return "".join([text async for text in streamer])
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), HANG_S))
+
+
+class Held:
+    """A run of the model that lasts until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, streamer: ReplyStreamer) -> None:
+        self.begun.set()
+        self.go.wait(HANG_S)
+        streamer.end()
+
+    async def submit_to(self, thread: ModelThread) -> ReplyStreamer:
+        streamer = ReplyStreamer(TOKENIZER)
+        thread.submit(streamer, self)
+        await asyncio.to_thread(self.begun.wait, HANG_S)
+        return streamer
+
+
+def test_one_runs_after_the_other_and_each_knows_how_many_are_ahead():
+    async def test() -> None:
+        thread, held = ModelThread(), Held()
+        streamers = [await held.submit_to(thread)]
+        for number in range(1, 4):
+            streamers.append(ReplyStreamer(TOKENIZER))
+            assert thread.submit(streamers[-1], say, str(number)) == number
+        held.go.set()
+        assert [await read(streamer) for streamer in streamers] == ["", "1", "2", "3"]
+
+    run(test)
+
+
+def test_what_is_cancelled_while_it_waits_never_begins_and_leaves_its_place():
+    async def test() -> None:
+        counts: list[int] = []
+        thread, held = ModelThread(max_waiting=1, report_waiting=counts.append), Held()
+        await held.submit_to(thread)
+        leaving, staying = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        thread.submit(leaving, die, SystemExit())
+        with pytest.raises(TooManyWaiting, match="1 prompts already wait"):
+            thread.submit(staying, say, "hello")
+        leaving.cancel()
+        assert await read(leaving) == ""
+        assert thread.submit(staying, say, "hello") == 1
+        held.go.set()
+        assert await read(staying) == "hello"
+        thread.check()
+        assert (max(counts), counts[-1]) == (1, 0)
+
+    run(test)
+
+
+def test_an_exception_concerns_its_own_streamer_alone():
+    async def test() -> None:
+        thread, streamers = ModelThread(), [ReplyStreamer(TOKENIZER) for _ in range(2)]
+        thread.submit(streamers[0], die, MemoryError("too much"))
+        thread.submit(streamers[1], say, "hello")
+        with pytest.raises(MemoryError, match="too much"):
+            await read(streamers[0])
+        assert await read(streamers[1]) == "hello"
+        thread.check()
+
+    run(test)
+
+
+def test_when_the_thread_dies_everybody_is_told_and_the_replica_is_ill():
+    async def test() -> None:
+        thread, held = ModelThread(), Held()
+        await held.submit_to(thread)
+        dying, waiting = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        thread.submit(dying, die, SystemExit(3))
+        thread.submit(waiting, say, "never")
+        held.go.set()
+        for streamer in (dying, waiting):
+            with pytest.raises(ModelStalled, match="thread died of SystemExit"):
+                await read(streamer)
+        thread.thread.join(HANG_S)
+        for call in (thread.check, lambda: thread.submit(ReplyStreamer(TOKENIZER), say, "hello")):
+            with pytest.raises(ModelStalled):
+                call()
+
+    run(test)
+
+
+def test_no_progress_fails_all_streams_and_a_model_that_was_only_slow_recovers():
+    async def test() -> None:
+        thread, held = ModelThread(stall_timeout_s=0.2), Held()
+        hanging = await held.submit_to(thread)
+        waiting, following = Skipped(TOKENIZER), ReplyStreamer(TOKENIZER)
+        thread.submit(waiting, say, "never")
+        for streamer in (hanging, waiting):
+            with pytest.raises(ModelStalled, match=r"no progress for 0.2 s"):
+                await read(streamer)
+        with pytest.raises(ModelStalled):
+            thread.check()
+        held.go.set()
+        await asyncio.to_thread(waiting.skipped.wait, HANG_S)
+        thread.submit(following, say, "hello")
+        assert await read(following) == "hello"
+
+    run(test)
+
+
+def test_a_long_reply_with_progress_is_no_stall():
+    async def test() -> None:
+        thread, streamer = ModelThread(stall_timeout_s=0.3), ReplyStreamer(TOKENIZER)
+        stop = threading.Event()
+
+        def slowly(streamer: ReplyStreamer) -> None:
+            for _ in range(8):
+                stop.wait(0.1)
+                streamer.token_times.append(time.monotonic())
+            streamer.end()
+
+        thread.submit(streamer, slowly)
+        assert await read(streamer) == ""
+        thread.check()
+
+    run(test)
+
+
+def test_a_stall_is_noticed_also_when_its_own_reader_has_left():
+    async def test() -> None:
+        thread, held = ModelThread(stall_timeout_s=0.1), Held()
+        (await held.submit_to(thread)).cancel()
+        waiting = ReplyStreamer(TOKENIZER)
+        thread.submit(waiting, say, "never")
+        with pytest.raises(ModelStalled):
+            await read(waiting)
+        held.go.set()
+
+    run(test)
