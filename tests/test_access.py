@@ -1,0 +1,233 @@
+"""serving/access.py: which requests pass, over HTTP and WebSocket alike."""
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from serving.access import Access
+from serving.arguments import BotArguments
+
+HOST, KEY = "localhost:8000", "käse 🧀".replace(" ", "-")
+
+
+async def bot(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("passed")(scope, receive, send)
+
+
+def answer(
+    access: Access,
+    headers: dict[str, str],
+    kind: str = "http",
+    subprotocols: tuple[str, ...] = (),
+    method: str = "POST",
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the guarded bot's answer."""
+    sent: list[Message] = []
+    scope: dict[str, Any] = {
+        "type": kind,
+        "method": method,
+        "path": "/",
+        "query_string": b"",
+        "headers": [
+            (name.lower().encode(), value.encode("utf-8" if name == "Authorization" else "latin-1"))
+            for name, value in ({"Host": HOST} | headers).items()
+        ],
+    }
+    if kind == "websocket":
+        scope |= {"subprotocols": list(subprotocols), "extensions": {"websocket.http.response": {}}}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError("nothing is to be read")
+
+    asyncio.run(access.guard(bot)(scope, receive, send))  # type: ignore[arg-type]
+    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], found, sent[1]["body"]
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("allowed", "host", "status"),
+    [
+        (None, "localhost:8000", 200),
+        (None, "LOCALHOST", 200),
+        (None, "127.0.0.1:8000", 200),
+        (None, "[::1]:8000", 200),
+        (None, "evil.example", 400),
+        (None, "localhost.evil.example", 400),
+        (None, "", 400),
+        (["*.example.org"], "chat.example.org", 200),
+        (["*.example.org"], "example.org", 400),
+        (["example.org"], "www.example.org", 400),
+        (["www.example.org"], "example.org", 400),
+        (["*"], "anything.at:80", 200),
+    ],
+)
+def test_only_allowed_hosts_are_answered_for(kind, allowed, host, status):
+    access = Access() if allowed is None else Access(allowed_hosts=allowed)
+    assert answer(access, {"Host": host}, kind)[0] == status
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        (None, "localhost:8000", 200),
+        ("http://localhost:8000", "localhost:8000", 200),
+        ("HTTP://LOCALHOST:8000", "localhost:8000", 200),
+        ("http://[::1]:8000", "[::1]:8000", 200),
+        ("https://localhost", "localhost", 200),
+        ("https://localhost", "localhost:443", 200),
+        ("http://localhost", "localhost:80", 200),
+        ("https://chat.example.org", "localhost:8000", 200),
+        ("http://chat.example.org", "localhost:8000", 403),
+        ("https://chat.example.org:8443", "localhost:8000", 403),
+        ("http://localhost:3000", "localhost:8000", 403),
+        ("http://localhost", "localhost:8000", 403),
+        ("http://127.0.0.1:8000", "localhost:8000", 403),
+        ("http://evil.example", "localhost:8000", 403),
+        ("null", "localhost:8000", 403),
+        ("", "localhost:8000", 403),
+        ("http://localhost:x", "localhost:8000", 403),
+        ("http://[", "localhost:8000", 403),
+        ("file://localhost:8000", "localhost:8000", 403),
+        ("http://localhost:8000@evil.example", "localhost:8000", 403),
+    ],
+)
+def test_web_pages_of_other_origins_are_refused(kind, origin, host, status):
+    access = Access(allowed_origins=["https://chat.example.org"])
+    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    found, _, body = answer(access, headers, kind)
+    assert found == status
+    if status == 403:
+        assert b'"detail"' in body
+
+
+def test_any_origin_may_be_allowed():
+    for origin in ("https://anything.example", "null"):
+        assert answer(Access(allowed_origins=["*"]), {"Origin": origin})[0] == 200
+
+
+def test_an_allowed_origin_may_read_the_answer_and_ask_before_with_no_key(tmp_path):
+    (tmp_path / "key").write_text(KEY)
+    origin = "https://chat.example.org"
+    access = Access(allowed_origins=[origin], api_key_file=tmp_path / "key")
+    preflight = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    status, headers, _ = answer(access, preflight, method="OPTIONS")
+    assert (status, headers["access-control-allow-origin"]) == (200, origin)
+    assert answer(access, preflight | {"Origin": "null"}, method="OPTIONS")[0] == 403
+    status, headers, _ = answer(access, {"Origin": origin})
+    assert (status, headers["access-control-allow-origin"]) == (401, origin)
+    status, headers, _ = answer(access, {"Origin": origin, "Authorization": f"Bearer {KEY}"})
+    assert (status, headers["access-control-allow-origin"]) == (200, origin)
+    assert headers["access-control-expose-headers"] == "X-Model"
+
+
+def test_without_allowed_origins_no_page_may_read_an_answer():
+    _, headers, _ = answer(Access(), {"Origin": f"http://{HOST}"})
+    assert "access-control-allow-origin" not in headers
+
+
+def in_base64(key: str) -> str:
+    return "bearer." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (f"Bearer {KEY}", 200),
+        (f"bearer  {KEY} ", 200),
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        (KEY, 401),
+        (f"Basic {KEY}", 401),
+        (f"Bearer {KEY}x", 401),
+        (f"Bearer {KEY[:-1]}", 401),
+        ("Bearer \xff\xfe", 401),
+    ],
+)
+def test_a_key_is_needed_where_one_is_set(tmp_path, kind, authorization, status):
+    (tmp_path / "key").write_text(f"  {KEY}\n")
+    headers = {} if authorization is None else {"Authorization": authorization}
+    found, answered, body = answer(Access(api_key_file=tmp_path / "key"), headers, kind)
+    assert found == status
+    if status == 401:
+        assert answered["www-authenticate"] == "Bearer"
+        assert KEY.encode() not in body
+
+
+@pytest.mark.parametrize(
+    ("subprotocols", "status"),
+    [
+        (("chat.v1", in_base64(KEY)), 200),
+        ((in_base64(KEY), "chat.v1"), 200),
+        (("chat.v1",), 401),
+        (("chat.v1", in_base64(KEY + "x")), 401),
+        (("chat.v1", "bearer." + KEY), 401),
+        (("chat.v1", "bearer."), 401),
+        (("chat.v1", "bearer.!"), 401),
+        (("chat.v1", "bearer.a"), 401),
+    ],
+)
+def test_a_browser_offers_the_key_as_a_subprotocol(tmp_path, subprotocols, status):
+    (tmp_path / "key").write_text(KEY)
+    access = Access(api_key_file=tmp_path / "key")
+    assert answer(access, {}, "websocket", subprotocols)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "cannot be read"), (b"", "one key"), (b" \n", "one key"), (b"two keys", "one key")],
+)
+def test_a_file_without_a_key_is_refused_in_build(tmp_path: Path, content, problem):
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"api_key_file: .*{problem}"):
+        BotArguments(api_key_file=str(file)).constructor_arguments()
+
+
+def test_the_key_stays_in_its_file_until_a_replica_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "key").write_text(KEY)
+    monkeypatch.chdir(tmp_path)
+    arguments = BotArguments(model="tiny-dialog", api_key_file="key").constructor_arguments()
+    assert arguments["access"].api_key_file == tmp_path / "key"
+    assert KEY not in repr(arguments)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"allowed_hosts": "http://localhost"},
+        {"allowed_hosts": "localhost:8000"},
+        {"allowed_hosts": ["*example.org"]},
+        {"allowed_hosts": [""]},
+        {"allowed_origins": "chat.example.org"},
+        {"allowed_origins": "https://chat.example.org/"},
+        {"allowed_origins": ["null"]},
+    ],
+)
+def test_what_is_no_host_or_origin_is_named(wrong):
+    with pytest.raises(ValidationError) as error:
+        BotArguments(**wrong)
+    assert error.value.errors()[0]["loc"][0] == next(iter(wrong))
+
+
+def test_names_on_the_command_line_have_commas_between_them():
+    arguments = BotArguments(allowed_hosts="localhost, chat.example.org")
+    assert arguments.allowed_hosts == ["localhost", "chat.example.org"]
