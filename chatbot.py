@@ -54,7 +54,7 @@ class Chatbot:
         self.system_prompt = system_prompt
         self.end_of_response = end_of_response
         self.access = access or Access()
-        self.open_chats = 0
+        self.free_places = MAX_CHATS
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)
         logger.info(f"{self.model_name} is ready")
@@ -65,15 +65,15 @@ class Chatbot:
         ends = self.model.generation_config.eos_token_id or []
         wire = choose_wire(ws, self.limits, self.end_of_response, ends)
         chat = Chat(wire, lambda: ReplyStreamer(self.tokenizer), self.metrics)
-        if self.open_chats >= MAX_CHATS:
-            await chat.refuse(f"{MAX_CHATS} chats are open already")
+        if not self.free_places:
+            await chat.refuse("too many chats are open")
             return
-        self.open_chats += 1
+        self.free_places -= 1
         try:
             async with chat.open():
                 await self.converse(chat)
         finally:
-            self.open_chats -= 1
+            self.free_places += 1
 
     async def converse(self, chat: Chat) -> None:
         """Answer one prompt after the other; each reply sees all turns before it."""

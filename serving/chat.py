@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import WebSocketDisconnect
+from ray.exceptions import TaskCancelledError
 
 from serving.metrics import BotMetrics
 from serving.model_thread import TooManyWaiting
@@ -74,7 +75,10 @@ class Chat:
     async def read_prompts(self) -> None:
         """Queue the client's prompts, in order, until it leaves."""
         while True:
-            frame = await self.ws.receive()
+            try:
+                frame = await self.ws.receive()
+            except TaskCancelledError:  # Serve cancels the reading of a client that has left
+                raise WebSocketDisconnect(1006) from None
             if frame["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(frame["code"])
             prompt = Prompt("", 0, self.new_streamer())

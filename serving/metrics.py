@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -96,6 +97,8 @@ class CountOutcomes:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"
+        except TaskCancelledError:  # Serve cancels the reading of a client that has left
+            raise
         except Exception:
             outcome = "failed"
             raise

@@ -6,6 +6,7 @@ waits for the events that this causes in the replica, and lets the model go on.
 
 import asyncio
 import math
+import os
 from collections import Counter
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +18,23 @@ from ray import serve
 
 from batchbot import Batchbot, Row
 from chatbot import Chatbot
-from serving.streaming import ReplyStreamer
+from serving.streaming import ReplyStreamer, TokenDecoder
 from textbot import Textbot
 
 HANG_S = 60  # only bounds a hang
+MAX_CHATS = 120
+ENCODE_ERROR = "This prompt cannot be encoded."
+DECODE_ERROR = "The reply cannot be decoded."
 
 
 @ray.remote(num_cpus=0)
 class GateActor:
-    """Counts the events of one bot: "submitted", "step", "left", for the Batchbot "asked"."""
+    """Counts the events of one bot.
+
+    "started" of its replica, "submitted" and "step" of the model, "left" when a reply is not read
+    any more, for the Batchbot "asked", and the outcomes "finished", "failed", "cancelled" and
+    "refused".
+    """
 
     def __init__(self) -> None:
         self.changed = asyncio.Condition()
@@ -33,13 +42,16 @@ class GateActor:
         self.events: Counter[str] = Counter()
         self.allowed: float = math.inf
         self.fail_at: int | None = None
+        self.error: BaseException | None = None
 
-    async def set(self, steps: float, fail_at: int | None) -> None:
+    async def set(
+        self, steps: float, fail_at: int | None = None, error: BaseException | None = None
+    ) -> None:
         """Begin anew; what an earlier test still holds goes on."""
         async with self.changed:
             self.era += 1
             self.events.clear()
-            self.allowed, self.fail_at = steps, fail_at
+            self.allowed, self.fail_at, self.error = steps, fail_at, error
             self.changed.notify_all()
 
     async def release(self, steps: float) -> None:
@@ -52,13 +64,13 @@ class GateActor:
             self.events[event] += 1
             self.changed.notify_all()
 
-    async def step(self) -> bool:
-        """Wait for leave to take a step; return whether it is to fail."""
+    async def step(self) -> BaseException | None:
+        """Wait for leave to take a step; return the error with which it is to fail."""
         await self.record("step")
         step, era = self.events["step"], self.era
         async with self.changed:
             await self.changed.wait_for(lambda: self.allowed >= step or self.era != era)
-        return step == self.fail_at and self.era == era
+        return self.error if step == self.fail_at and self.era == era else None
 
     async def wait(self, event: str, count: int) -> None:
         async with self.changed:
@@ -78,15 +90,16 @@ class Gate:
 
     def open(self) -> None:
         """Let the model run freely, and forget what happened."""
-        ray.get(self.actor.set.remote(math.inf, None))
+        ray.get(self.actor.set.remote(math.inf))
 
     def hold_after(self, steps: int) -> None:
         """Let the model take some steps and hold it before the next; forget what happened."""
-        ray.get(self.actor.set.remote(steps, None))
+        ray.get(self.actor.set.remote(steps))
 
-    def fail_at(self, step: int) -> None:
+    def fail_at(self, step: int, error: BaseException | None = None) -> None:
         """Let the model run, and fail at a step, from 1."""
-        ray.get(self.actor.set.remote(math.inf, step))
+        error = error or RuntimeError("this step was told to fail")
+        ray.get(self.actor.set.remote(math.inf, step, error))
 
     def release(self, steps: float = math.inf) -> None:
         ray.get(self.actor.release.remote(steps))
@@ -115,25 +128,66 @@ class Reporter:
 
 
 class Gated:
+    """Reports what happens, waits before each step of the model, and fails when it is told to."""
+
     async def __init__(self, gate: Any, **arguments: Any) -> None:
         await super().__init__(**arguments)
         self.gate = gate
         self.report = Reporter(gate)
-        self.submit = self.model_thread.submit
-        self.model_thread.submit = self.submit_and_report
+        self.submit, self.model_thread.submit = self.model_thread.submit, self.submit_and_report
+        self.count, self.metrics.count = self.metrics.count, self.count_and_report
         self.model.register_forward_pre_hook(self.before_step)
+        self.tokenizer.__class__ = failing_tokenizer(type(self.tokenizer))
+        self.report("started")
 
     def submit_and_report(self, *arguments: Any) -> int:
         ahead = self.submit(*arguments)
         self.report("submitted")
         return ahead
 
+    def count_and_report(self, outcome: str) -> None:
+        self.count(outcome)
+        self.report(outcome)
+
     def before_step(self, *_: Any) -> None:
-        if ray.get(self.gate.step.remote()):
-            raise RuntimeError("this step was told to fail")
+        if error := ray.get(self.gate.step.remote()):
+            raise error
+
+    def spoil(self, decoder: TokenDecoder, input_ids: list[int]) -> None:
+        """Make the decoder of a certain prompt fail at the third token."""
+        if DECODE_ERROR in self.tokenizer.decode(input_ids):
+            step = decoder.step
+
+            def failing_step(token: int) -> str:
+                if len(decoder.ids) == 2:
+                    raise ValueError("this token was told to fail")
+                return step(token)
+
+            decoder.step = failing_step
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def stall_after(self, seconds: float) -> None:
+        self.model_thread.stall_timeout_s = seconds
+        self.model_thread.watched = False  # the next prompt is watched anew
+
+
+def failing_tokenizer(original: type) -> type:
+    class FailingTokenizer(original):
+        def __call__(self, text: str, **options: Any) -> Any:
+            if ENCODE_ERROR in text:
+                raise ValueError("this prompt was told to fail")
+            return super().__call__(text, **options)
+
+    return FailingTokenizer
 
 
 class GatedText(Gated):
+    def generate_text(self, input_ids: list[int], limit: int, streamer: ReplyStreamer) -> None:
+        self.spoil(streamer.decoder, input_ids)
+        super().generate_text(input_ids, limit, streamer)
+
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         try:
             async with aclosing(super().consume_streamer(streamer)) as chunks:
@@ -148,11 +202,14 @@ class GatedTextbot(GatedText, Textbot.func_or_class):
 
 
 class GatedChatbot(GatedText, Chatbot.func_or_class):
-    pass
+    async def __init__(self, *arguments: Any, **options: Any) -> None:
+        await super().__init__(*arguments, **options)
+        self.free_places = MAX_CHATS
 
 
 class GatedBatchbot(Gated, Batchbot.func_or_class):
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
+        self.spoil(row.decoder, row.input_ids)
         self.report("asked")
         try:
             async with aclosing(super().stream_row(row)) as chunks:
@@ -163,5 +220,5 @@ class GatedBatchbot(Gated, Batchbot.func_or_class):
 
 
 def gated(bot: type, original: serve.Deployment) -> serve.Deployment:
-    """A deployment of a gated bot with the options of the original."""
-    return original.options(func_or_class=bot)
+    """A deployment of a gated bot with the options of the original, and faster health checks."""
+    return original.options(func_or_class=bot, health_check_period_s=1)

@@ -17,6 +17,7 @@ from scripted import save_scripted_model
 
 from batchbot import Batchbot
 from chatbot import Chatbot
+from serving.access import Access
 from serving.loading import LoadedModel, load_model
 from serving.locating import EMBEDDED
 from textbot import Textbot
@@ -26,6 +27,10 @@ EMOJI_REPLY = "🎉 你好，世界! 👩‍👩‍👧 żółw 🐢🐢 <> end"
 EMOJI_PROMPT = "Say it."
 MAX_NEW_TOKENS = 96
 CHAT_MAX_NEW_TOKENS = 400
+ALLOWED_ORIGIN = "https://chat.example.org"
+KEY = "correct-horse-battery-staple"
+WITH_KEY = {"Authorization": f"Bearer {KEY}"}
+INGRESS = "haproxy" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else "default"
 HANG_S = 60  # only bounds a hang
 
 
@@ -46,8 +51,9 @@ def port() -> Iterator[int]:
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": path}},
+        _system_config={"metrics_report_interval_ms": 1000},
     )
-    serve.start(http_options={"port": port})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     serve.shutdown()
     ray.shutdown()
@@ -75,7 +81,7 @@ class Bot(NamedTuple):
 
 
 class Bots(NamedTuple):
-    """The bots with the embedded model, and with one that writes emoji and Chinese."""
+    """The bots with the embedded model, and with one that writes emoji and Chinese, under key."""
 
     textbot: Bot
     chatbot: Bot
@@ -93,8 +99,11 @@ def emoji_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bots(port: int, emoji_model: Path) -> Bots:
+def bots(port: int, emoji_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bots:
     """All bots, started together."""
+    key_file = tmp_path_factory.mktemp("access") / "key"
+    key_file.write_text(KEY)
+    guarded = Access(allowed_origins=[ALLOWED_ORIGIN], api_key_file=key_file)
     running, targets = {}, []
     for prefix, model in {"": EMBEDDED, "emoji_": str(emoji_model)}.items():
         for bot, original in {
@@ -105,7 +114,10 @@ def bots(port: int, emoji_model: Path) -> Bots:
             name, gate = prefix + original.name.lower(), Gate()
             # The Chatbot's context holds only a few exchanges, so that tests soon outgrow it.
             limit = CHAT_MAX_NEW_TOKENS if name == "chatbot" else MAX_NEW_TOKENS
-            app = gated(bot, original).bind(gate.actor, model=model, max_new_tokens=limit)
+            access = guarded if prefix else Access()
+            app = gated(bot, original).bind(
+                gate.actor, model=model, max_new_tokens=limit, access=access
+            )
             targets.append(serve.RunTarget(app, name=name, route_prefix=f"/{name}"))
             running[name] = Bot(f"127.0.0.1:{port}/{name}/", gate)
     serve.run_many(targets)

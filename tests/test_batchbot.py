@@ -11,6 +11,7 @@ from running_bots import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
     MAX_NEW_TOKENS,
+    WITH_KEY,
     Bot,
     Bots,
     http_reply,
@@ -173,7 +174,9 @@ def test_emoji_and_chinese_arrive_whole_in_every_row(bots: Bots):
     batches_of("emoji_batchbot", 2, wait_s=60)
 
     def chunks_of(prompt: str) -> list[str]:
-        with requests.post(bot.http, params={"prompt": prompt}, stream=True) as response:
+        with requests.post(
+            bot.http, params={"prompt": prompt}, headers=WITH_KEY, stream=True
+        ) as response:
             return [chunk.decode() for chunk in response.iter_content(chunk_size=None)]
 
     with ThreadPoolExecutor(2) as callers:

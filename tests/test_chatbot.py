@@ -1,7 +1,7 @@
 """chatbot.py on a real Serve: a conversation per socket, and how each one ends."""
 
 import pytest
-from running_bots import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, Bots, reference
+from running_bots import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
@@ -83,7 +83,7 @@ def test_the_first_frame_arrives_while_the_model_still_generates(chatbot):
 
 def test_emoji_and_chinese_arrive_whole(bots: Bots):
     bots.emoji_chatbot.gate.open()
-    with connect(bots.emoji_chatbot.ws) as websocket:
+    with connect(bots.emoji_chatbot.ws, additional_headers=WITH_KEY) as websocket:
         websocket.send(EMOJI_PROMPT)
         assert receive(websocket) == list(EMOJI_REPLY)
 

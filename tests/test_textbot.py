@@ -4,7 +4,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from running_bots import EMOJI_PROMPT, EMOJI_REPLY, MAX_NEW_TOKENS, Bots, http_reply, reference
+from running_bots import (
+    EMOJI_PROMPT,
+    EMOJI_REPLY,
+    MAX_NEW_TOKENS,
+    WITH_KEY,
+    Bots,
+    http_reply,
+    reference,
+)
 
 PROMPTS = ["Hello!", "Tell me a story about dogs.", "I am tired. I worked all day. What can I do?"]
 
@@ -47,7 +55,9 @@ def test_the_first_chunk_arrives_while_the_model_still_generates(textbot):
 def test_emoji_and_chinese_arrive_whole(bots: Bots):
     bot = bots.emoji_textbot
     bot.gate.open()
-    with requests.post(bot.http, params={"prompt": EMOJI_PROMPT}, stream=True) as response:
+    with requests.post(
+        bot.http, params={"prompt": EMOJI_PROMPT}, headers=WITH_KEY, stream=True
+    ) as response:
         chunks = [chunk.decode() for chunk in response.iter_content(chunk_size=None)]
     assert "".join(chunks) == EMOJI_REPLY
 

@@ -1,0 +1,110 @@
+"""A caller of any bot, who sees how a reply ends, and can leave it in three ways."""
+
+import http.client
+import json
+import os
+import socket
+import struct
+from typing import Any
+from urllib.parse import urlsplit
+
+from running_bots import HANG_S, Bot
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+REFUSED = (1003, 1009, 1013)  # WebSocket close codes
+
+
+class HttpCaller:
+    """Sends a prompt to a Textbot or a Batchbot."""
+
+    def __init__(
+        self, bot: Bot, prompt: str, limit: int | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        url = urlsplit(bot.http)
+        self.connection = http.client.HTTPConnection(url.hostname, url.port, timeout=HANG_S)
+        body = {"prompt": prompt} | ({} if limit is None else {"max_new_tokens": limit})
+        self.connection.request("POST", url.path, json.dumps(body), headers or {})
+        self.socket = self.connection.sock
+        self.received = b""
+        self.response: http.client.HTTPResponse | None = None
+
+    @property
+    def text(self) -> str:
+        return self.received.decode()
+
+    def first(self) -> None:
+        """Wait for some text."""
+        self.response = self.connection.getresponse()
+        self.received += self.response.read1()
+        assert self.received
+
+    def outcome(self) -> str:
+        """Read to the end of the stream: "finished", "failed", or "refused"."""
+        try:
+            self.response = self.response or self.connection.getresponse()
+            while chunk := self.response.read1():
+                self.received += chunk
+        except (http.client.HTTPException, ConnectionError):
+            return "failed"
+        finally:
+            self.connection.close()
+        return {200: "finished", 500: "failed"}.get(self.response.status, "refused")
+
+    def leave(self, way: str) -> None:
+        leave(self.socket, way)
+
+
+class ChatCaller:
+    """Sends a prompt to a Chatbot, over a socket of its own."""
+
+    def __init__(
+        self, bot: Bot, prompt: str, limit: int | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        self.version = ["chat.v1"] if limit else None  # the plain form has no limit
+        # Entered by hand: how it is left is what the tests are about.
+        self.websocket = connect(
+            bot.ws, subprotocols=self.version, additional_headers=headers, close_timeout=0
+        ).__enter__()
+        message: dict[str, Any] = {"type": "prompt", "prompt": prompt, "max_new_tokens": limit}
+        self.websocket.send(json.dumps(message) if limit else prompt)
+        self.socket = self.websocket.socket
+        self.text = ""
+
+    def first(self) -> None:
+        self._receive()
+        assert self.text
+
+    def outcome(self) -> str:
+        try:
+            while not (end := self._receive()):
+                pass
+        except ConnectionClosed as closed:
+            return "refused" if closed.rcvd and closed.rcvd.code in REFUSED else "failed"
+        self.websocket.close()
+        return end
+
+    def leave(self, way: str) -> None:
+        if way == "close":
+            self.websocket.close()
+        else:
+            leave(self.socket, way)
+
+    def _receive(self) -> str:
+        """Take a frame; the outcome, if it is the last."""
+        frame = self.websocket.recv(timeout=HANG_S)
+        if not self.version:
+            self.text += frame if frame != "<>" else ""
+            return "finished" if frame == "<>" else ""
+        message = json.loads(frame)
+        self.text += message.get("text", "")
+        return {"done": "finished", "error": "failed"}.get(message["type"], "")
+
+
+def leave(sock: socket.socket, way: str) -> None:
+    if way == "half-close":  # "I send no more", which is how some clients leave
+        sock.shutdown(socket.SHUT_WR)
+        return
+    if way == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(sock.detach())  # also where a file of the socket is still open

@@ -1,0 +1,222 @@
+"""chat.v1 on a real Serve: the subprotocol in which replies can be stopped and errors survived."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from gated import ENCODE_ERROR
+from running_bots import (
+    ALLOWED_ORIGIN,
+    CHAT_MAX_NEW_TOKENS,
+    HANG_S,
+    KEY,
+    Bot,
+    Bots,
+    reference,
+)
+from test_access import in_base64
+from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import connect
+
+from serving.chat import MAX_PROMPTS_AHEAD
+
+HELLO, STORY = "Hello!", "Tell me a story about dogs."
+
+
+class Client:
+    """A client of chat.v1."""
+
+    def __init__(self, websocket: Any) -> None:
+        self.websocket = websocket
+
+    def send(self, **message: Any) -> None:
+        self.websocket.send(json.dumps(message))
+
+    def prompt(self, prompt: str, **options: Any) -> None:
+        self.send(type="prompt", prompt=prompt, **options)
+
+    def receive(self) -> dict[str, Any]:
+        return json.loads(self.websocket.recv(timeout=HANG_S))
+
+    def answer(self) -> tuple[str, dict[str, Any]]:
+        """The text of a reply, and the message that ends it."""
+        text = ""
+        while (message := self.receive())["type"] == "text":
+            text += message["text"]
+        return text, message
+
+    def ask(self, prompt: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        self.prompt(prompt, **options)
+        return self.answer()
+
+
+@contextmanager
+def chat(bot: Bot) -> Iterator[Client]:
+    with connect(bot.ws, subprotocols=["chat.v1"]) as websocket:
+        assert websocket.subprotocol == "chat.v1"
+        yield Client(websocket)
+
+
+@pytest.fixture
+def chatbot(bots: Bots) -> Bot:
+    bots.chatbot.gate.open()
+    return bots.chatbot
+
+
+def test_a_reply_ends_with_its_reason_its_tokens_and_its_time(chatbot, loaded):
+    with chat(chatbot) as client:
+        text, done = client.ask(HELLO)
+        assert text == reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS)
+        tokens = len(loaded.tokenizer(text + loaded.tokenizer.eos_token)["input_ids"])
+        assert (done["type"], done["finish_reason"], done["tokens"]) == ("done", "stop", tokens)
+        assert done["seconds"] > 0
+
+
+def test_a_prompt_may_limit_its_reply(chatbot, loaded):
+    with chat(chatbot) as client:
+        text, done = client.ask(STORY, max_new_tokens=5)
+    assert text == reference(loaded, [STORY], 5)
+    assert (done["finish_reason"], done["tokens"]) == ("length", 5)
+
+
+def test_a_conversation_is_remembered(chatbot, loaded):
+    turns = ["My name is Anna."]
+    with chat(chatbot) as client:
+        turns += [client.ask(turns[0])[0], "What is my name?"]
+        text, _ = client.ask(turns[-1])
+    assert text == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
+
+
+def test_stop_ends_the_reply_and_keeps_the_conversation(chatbot, loaded):
+    chatbot.gate.hold_after(3)
+    with chat(chatbot) as client:
+        client.prompt(STORY)
+        first = client.receive()["text"]
+        chatbot.gate.wait("step", 4)
+        client.send(type="stop")
+        rest, done = client.answer()
+        assert (done["finish_reason"], done["tokens"]) == ("cancelled", 3)
+        assert first + rest == reference(loaded, [STORY], 3)
+        chatbot.gate.release()
+        turns = [STORY, first + rest, HELLO]
+        assert client.ask(HELLO)[0] == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
+    chatbot.gate.wait("cancelled", 1)
+    chatbot.gate.wait("finished", 1)
+
+
+def test_stop_also_ends_what_waits_and_nothing_that_comes_later(chatbot, loaded):
+    chatbot.gate.hold_after(2)
+    with chat(chatbot) as client:
+        client.send(type="stop")  # there is nothing to stop
+        client.prompt(STORY)
+        client.prompt("What is my name?")
+        assert client.receive()["type"] == "text"
+        chatbot.gate.wait("step", 3)
+        client.send(type="stop")
+        client.prompt(HELLO, max_new_tokens=2)
+        _, done = client.answer()
+        assert done["finish_reason"] == "cancelled"
+        assert client.receive() | {"seconds": 0} == {
+            "type": "done",
+            "finish_reason": "cancelled",
+            "tokens": 0,
+            "seconds": 0,
+        }
+        chatbot.gate.release()
+        while (message := client.receive())["type"] != "done":
+            assert message["type"] in ("waiting", "text")
+        assert (message["finish_reason"], message["tokens"]) == ("length", 2)
+
+
+def test_who_waits_for_others_is_told_how_many(chatbot):
+    chatbot.gate.hold_after(0)
+    with chat(chatbot) as one, chat(chatbot) as two, chat(chatbot) as three:
+        one.prompt(HELLO)
+        chatbot.gate.wait("step", 1)
+        two.prompt(HELLO)
+        assert two.receive() == {"type": "waiting", "ahead": 1}
+        three.prompt(HELLO)
+        assert three.receive() == {"type": "waiting", "ahead": 2}
+        two.send(type="stop")  # it does not have to wait for its turn to be told
+        assert two.answer()[1]["finish_reason"] == "cancelled"
+        chatbot.gate.release()
+        for client in (one, three):
+            assert client.answer()[1]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("frame", "detail"),
+    [
+        (b"Hello!", "a message is JSON in a text frame, not a binary one"),
+        ("Hello!", "the message is not a JSON object"),
+        ("[]", "the message is not a JSON object"),
+        ("{}", 'a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}'),
+        ('{"type": "stop", "now": 1}', "a message is"),
+        ('{"type": "prompt"}', "prompt: Field required"),
+        ('{"type": "prompt", "prompt": " "}', "prompt: Value error, a blank prompt has no reply"),
+        ('{"type": "prompt", "prompt": "\\ud800"}', "the message has a lone surrogate"),
+        ('{"type": "prompt", "prompt": "Hi", "max_new_tokens": 0}', "max_new_tokens: "),
+        ('{"type": "prompt", "prompt": "Hi", "loudness": 3}', "loudness: Extra inputs"),
+        ('{"type": "prompt", "prompt": "' + "x" * 20_000 + '"}', "the prompt has 20"),
+        ('{"type": "prompt", "prompt": "' + "word " * 400 + '"}', "the prompt has 80"),
+    ],
+)
+def test_an_error_answers_its_message_and_leaves_the_conversation_open(
+    chatbot, loaded, frame, detail
+):
+    turns = ["My name is Anna."]
+    with chat(chatbot) as client:
+        turns += [client.ask(turns[0])[0], "What is my name?"]
+        client.websocket.send(frame)
+        error = client.receive()
+        assert error["type"] == "error"
+        assert error["detail"].startswith(detail)
+        assert client.ask(turns[-1])[0] == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
+    chatbot.gate.wait("refused", 1)
+    chatbot.gate.wait("finished", 2)
+
+
+def test_a_failure_answers_its_prompt_and_leaves_the_conversation_open(chatbot, loaded):
+    turns = ["My name is Anna."]
+    with chat(chatbot) as client:
+        turns += [client.ask(turns[0])[0], "What is my name?"]
+        assert client.ask(ENCODE_ERROR)[1] == {
+            "type": "error",
+            "detail": "the reply failed: ValueError",
+        }
+        chatbot.gate.fail_at(3)
+        began, error = client.ask(STORY)
+        assert began
+        assert error == {"type": "error", "detail": "the reply failed: RuntimeError"}
+        assert client.ask(turns[-1])[0] == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
+
+
+def test_every_message_is_answered_in_order(chatbot):
+    with chat(chatbot) as client:
+        client.prompt(HELLO, max_new_tokens=2)
+        client.websocket.send("{")
+        client.prompt(HELLO, max_new_tokens=3)
+        assert client.answer()[1]["tokens"] == 2
+        assert client.answer()[1]["type"] == "error"
+        assert client.answer()[1]["tokens"] == 3
+
+
+def test_a_client_that_sends_too_much_ahead_is_told_to_try_again_later(chatbot):
+    chatbot.gate.hold_after(0)
+    with chat(chatbot) as client, pytest.raises(ConnectionClosedError) as closed:
+        for _ in range(MAX_PROMPTS_AHEAD + 2):
+            client.prompt(HELLO)
+        client.receive()
+    assert closed.value.rcvd.code == 1013
+    chatbot.gate.wait("cancelled", MAX_PROMPTS_AHEAD + 1)
+    chatbot.gate.wait("refused", 1)
+
+
+def test_a_browser_gives_the_key_as_a_subprotocol_and_it_is_not_echoed(bots: Bots):
+    offered = ["chat.v1", in_base64(KEY)]
+    with connect(bots.emoji_chatbot.ws, subprotocols=offered, origin=ALLOWED_ORIGIN) as websocket:
+        assert websocket.subprotocol == "chat.v1"
+        assert KEY not in str(websocket.response.headers)
+        assert in_base64(KEY) not in str(websocket.response.headers)
