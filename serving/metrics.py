@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from ray.serve.metrics import Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
@@ -96,6 +98,8 @@ class CountOutcomes:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"
+        except (ClientDisconnect, TaskCancelledError):  # `receive` raises when the client has left
+            raise
         except Exception:
             outcome = "failed"
             raise

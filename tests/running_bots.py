@@ -46,6 +46,9 @@ def port() -> Iterator[int]:
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": path}},
+        # Not every 10 s, since tests read them; not every second, since Ray drops what a process
+        # does not get rid of within half of that.
+        _system_config={"metrics_report_interval_ms": 4000},
     )
     serve.start(http_options={"port": port})
     yield port
