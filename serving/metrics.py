@@ -9,6 +9,7 @@ from itertools import pairwise
 from ray import serve
 from ray.exceptions import TaskCancelledError
 from ray.serve.metrics import Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
@@ -97,7 +98,7 @@ class CountOutcomes:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"
-        except TaskCancelledError:  # Serve cancels the reading of a client that has left
+        except (ClientDisconnect, TaskCancelledError):  # `receive` raises when the client has left
             raise
         except Exception:
             outcome = "failed"

@@ -1,0 +1,450 @@
+"""Two thousand requests, many of which go wrong, and nothing of them is lost or left over."""
+
+import asyncio
+import itertools
+import json
+import random
+import re
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from statistics import linear_regression
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import ray
+import requests
+from ray import serve
+from soaked import SOAKED, Report
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from serving.arguments import DEFAULT_BATCH_SIZE
+from serving.locating import EMBEDDED
+from serving.wire import CHAT_V1
+
+REQUESTS = {"textbot": 700, "chatbot": 600, "batchbot": 700}
+CLIENTS = 24  # at once, fewer than any limit of the bots
+LEAVE = 0.35  # at a random moment, which for one in six is too late
+REFUSED = 0.04
+LONGEST_CHAT = 6
+MAX_NEW_TOKENS = 24
+SAMPLE_EVERY = 50  # requests
+OUTCOMES = ["finished", "failed", "cancelled", "refused"]
+# 2 % of a replica. The allocator moves it by up to 4, in both directions; a bot that lost 20 kB of
+# each of its requests, which are a third of the thousand, would show.
+GROWTH_MB = 7
+# Serve's batching holds the last batch until the next, and pools of threads fill up late. What is
+# left by each request, or by some, would be hundreds.
+ALLOWANCE = 2 * DEFAULT_BATCH_SIZE
+HANG_S = 60  # only bounds a hang
+REPORTED_S = 60  # Ray reports counters every few seconds
+
+PROMPTS = ["Tell me a joke.", "Tell me a story about dogs.", "What is your name?", "I like apples."]
+BLANK = "  "
+TOO_LONG = "word " * 600
+BINARY = "binary"
+
+# What clients saw, by request id, of which a WebSocket has one: an outcome for each prompt, or that
+# they left before it. "unheard": they left before they heard anything.
+Seen = dict[str, list[str]]
+
+
+class Leave(NamedTuple):
+    """When and how a client goes: after so many seconds, or pieces of text."""
+
+    seconds: float | None = None
+    pieces: int | None = None
+    how: str = "close"  # or "reset", or "stop", which only ends the reply
+
+
+STAY = Leave()
+
+
+@dataclass
+class Visit:
+    """What one client does."""
+
+    bot: str
+    prompts: list[str]
+    leave: Leave = STAY
+    json: bool = False  # speaks chat.v1
+    ahead: bool = False  # sends all prompts at once
+
+
+def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
+    """So many requests for each bot, in visits by clients that want all kinds of things."""
+    visits = []
+    for bot, left in numbers.items():
+        while left:
+            number = min(left, dice.randint(1, LONGEST_CHAT)) if bot == "chatbot" else 1
+            visit = Visit(bot, [])
+            visit.json = bot == "chatbot" and dice.random() < 0.5
+            visit.ahead = visit.json and dice.random() < 0.5
+            wrong = [BLANK, TOO_LONG] if bot != "chatbot" else [BINARY, TOO_LONG]
+            for _ in range(number):
+                kinds = wrong if dice.random() < REFUSED else PROMPTS
+                visit.prompts.append(dice.choice(kinds))
+            if dice.random() < LEAVE:
+                visit.leave = moment(visit, dice)
+            elif visit.json and dice.random() < 0.1:
+                visit.leave = Leave(pieces=dice.randint(1, 12), how="stop")
+            visits.append(visit)
+            left -= number
+    dice.shuffle(visits)
+    return visits
+
+
+def moment(visit: Visit, dice: random.Random) -> Leave:
+    """Before or after the bot has the request, while it waits, or while its reply streams."""
+    how = dice.choice(["close", "reset"])
+    if dice.random() < 0.5:
+        return Leave(pieces=dice.randint(1, 6), how=how)
+    # A reset may destroy what the other side has not read yet. For HTTP, Serve's counters tell;
+    # of a prompt over a WebSocket nobody could tell whether it ever came.
+    return Leave(
+        seconds=dice.choice([0.005, 0.05, 0.5]) * dice.random(),
+        how="close" if visit.bot == "chatbot" else how,
+    )
+
+
+class Clients:
+    """Ask the bots at an address, and note what they see."""
+
+    def __init__(self, port: int, after_each: Callable[[int], None] = lambda done: None) -> None:
+        self.port = port
+        self.after_each = after_each  # called with the number of requests that are over
+        self.numbers = itertools.count()
+        self.seen: dict[str, Seen] = {bot: {} for bot in REQUESTS}
+        self.done = 0
+
+    async def run(self, visits: list[Visit]) -> None:
+        """All visits, a few at a time."""
+        waiting = iter(visits)
+        async with asyncio.timeout(600), asyncio.TaskGroup() as tasks:
+            for _ in range(CLIENTS):
+                tasks.create_task(self.visit_all(waiting))
+
+    async def visit_all(self, visits: Iterator[Visit]) -> None:
+        for visit in visits:
+            prompts, leave = visit.prompts, visit.leave
+            while prompts:  # what a failure or leaving early has left over, somebody else asks
+                name = f"soak-{id(self)}-{next(self.numbers)}"
+                if visit.bot == "chatbot":
+                    outcomes = await self.chat(name, visit, prompts, leave)
+                else:
+                    outcomes = [await self.post(name, visit, leave)]
+                self.seen[visit.bot][name] = outcomes
+                prompts, leave = prompts[len(outcomes) :], STAY
+                for _ in outcomes:
+                    self.done += 1
+                    self.after_each(self.done)
+
+    async def post(self, name: str, visit: Visit, leave: Leave) -> str:
+        """One prompt over HTTP, which is spoken by hand to see where exactly a body breaks off."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        body = json.dumps({"prompt": visit.prompts[0]}).encode()
+        head = [
+            f"POST /soak_{visit.bot}/ HTTP/1.1",
+            "Host: localhost",
+            f"X-Request-ID: {name}",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+        ]
+        writer.write("\r\n".join([*head, "", ""]).encode() + body)
+        pieces = 0
+        try:
+            async with asyncio.timeout(leave.seconds):
+                status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+                if status != 200:
+                    await reader.read()
+                    return "refused" if status < 500 else "failed"
+                while size := int(await reader.readuntil(b"\r\n"), 16):
+                    await reader.readexactly(size + 2)
+                    pieces += 1
+                    if pieces == leave.pieces:
+                        return "left"
+                return "finished"
+        except TimeoutError:
+            return "left" if pieces else "unheard"
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return "failed"
+        finally:
+            if leave.how == "reset":
+                reset(writer.transport)
+            writer.close()
+
+    async def chat(self, name: str, visit: Visit, prompts: list[str], leave: Leave) -> list[str]:
+        """Prompts over a WebSocket until it closes; what is returned is as long as were sent."""
+        async with connect(
+            f"ws://127.0.0.1:{self.port}/soak_chatbot/",
+            additional_headers={"X-Request-ID": name},
+            subprotocols=[CHAT_V1] if visit.json else None,
+            compression=None,
+        ) as websocket:
+            outcomes: list[str] = []
+            if visit.ahead:
+                for prompt in prompts:
+                    await websocket.send(frame(prompt, visit.json))
+                    outcomes.append("left")
+            leaves_at = asyncio.get_running_loop().time() + (leave.seconds or HANG_S)
+            pieces = 0
+            for number, prompt in enumerate(prompts):
+                if not visit.ahead:
+                    await websocket.send(frame(prompt, visit.json))
+                    outcomes.append("left")
+                try:
+                    async with asyncio.timeout_at(leaves_at):
+                        while (seen := await receive(websocket, visit.json)) is None:
+                            pieces += 1
+                            if pieces != leave.pieces:
+                                continue
+                            if leave.how == "stop":
+                                await websocket.send('{"type": "stop"}')
+                                continue
+                            if leave.how == "reset" and number == len(outcomes) - 1:
+                                reset(websocket.transport)
+                            return outcomes
+                except TimeoutError:
+                    assert leave.seconds is not None, "the bot hangs"
+                    return outcomes
+                except ConnectionClosed as closed:
+                    outcomes[number] = "failed" if closed.rcvd.code == 1011 else "refused"
+                    return outcomes
+                outcomes[number] = seen
+            return outcomes
+
+
+def reset(transport: asyncio.BaseTransport) -> None:
+    """End a TCP connection as a machine does that has crashed and come back."""
+    linger_not = struct.pack("ii", 1, 0)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
+    transport.abort()
+
+
+def frame(prompt: str, as_json: bool) -> str | bytes:
+    if prompt == BINARY:
+        return prompt.encode()
+    return json.dumps({"type": "prompt", "prompt": prompt}) if as_json else prompt
+
+
+async def receive(websocket: ClientConnection, as_json: bool) -> str | None:
+    """The outcome of a reply that is over, None for a piece of one."""
+    text = await websocket.recv()
+    if not as_json:
+        return "finished" if text == "<>" else None
+    match json.loads(text):
+        case {"type": "done", "finish_reason": "cancelled"}:
+            return "cancelled"
+        case {"type": "done"}:
+            return "finished"
+        case {"type": "error", "detail": detail}:
+            return "failed" if detail.startswith("the reply failed") else "refused"
+    return None
+
+
+class Counts(NamedTuple):
+    """What Ray's Prometheus endpoint has of each bot."""
+
+    outcomes: dict[str, Counter[str]]  # by us
+    proxy: dict[str, int]  # by Serve's proxy: HTTP requests and WebSockets
+    replica: dict[str, int]  # by Serve's replica: the same
+
+    @property
+    def served(self) -> dict[str, int]:
+        """By Serve, where it counts all: some WebSockets that are reset the proxy does not, some
+        HTTP requests that are cancelled the replica does not."""
+        return self.proxy | {"chatbot": self.replica["chatbot"]}
+
+    def since(self, earlier: "Counts") -> "Counts":
+        return Counts(
+            *(
+                {bot: now[bot] - before[bot] for bot in now}
+                for now, before in zip(self, earlier, strict=True)
+            )
+        )
+
+
+def read_counts() -> Counts:
+    port = ray.nodes()[0]["MetricsExportPort"]
+    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S).text
+    outcomes: dict[str, Counter[str]] = {bot: Counter() for bot in REQUESTS}
+    proxy, replica = dict.fromkeys(REQUESTS, 0), dict.fromkeys(REQUESTS, 0)
+    for name, labels, value in re.findall(r"^ray_(\w+)_total\{(.*)\} (\S+)$", text, re.M):
+        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        bot = tags.get("application", "").removeprefix("soak_")
+        if bot not in REQUESTS:
+            continue
+        number = int(float(value))
+        # Calls of our own, which have no route, count too.
+        from_clients = tags.get("route", "").startswith(f"/soak_{bot}")
+        if name == "bot_requests":
+            outcomes[bot][tags["outcome"]] += number
+        elif name == "serve_num_http_requests" and from_clients:
+            proxy[bot] += number
+        elif name.startswith(("serve_deployment_request_", "serve_deployment_error_")):
+            replica[bot] += number * from_clients
+    return Counts(outcomes, proxy, replica)
+
+
+def until(read: Callable[[], Any], expected: Any) -> Any:
+    """What is read, once it is as expected or it is clear that it will not be."""
+    deadline = time.monotonic() + REPORTED_S
+    while (value := read()) != expected and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return value
+
+
+def connections(port: int) -> int:
+    """How many clients Serve's proxy holds."""
+    return sum(
+        connection.laddr.port == port and connection.status == psutil.CONN_ESTABLISHED
+        for connection in psutil.net_connections("tcp")
+    )
+
+
+class Soak:
+    """The bots, and what has been counted of them."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        targets = []
+        for bot, original in SOAKED.items():
+            app = original.options(func_or_class=bot).bind(
+                model=EMBEDDED, max_new_tokens=MAX_NEW_TOKENS
+            )
+            name = f"soak_{original.name.lower()}"
+            targets.append(serve.RunTarget(app, name=name, route_prefix=f"/{name}"))
+        self.handles = dict(zip(REQUESTS, serve.run_many(targets), strict=True))
+        self.ask_replicas()
+        self.total = self.counted = read_counts()
+
+    def ask_replicas(self) -> dict[str, Report]:
+        asked = {bot: handle.report.remote() for bot, handle in self.handles.items()}
+        return {bot: report.result(timeout_s=HANG_S) for bot, report in asked.items()}
+
+    def run(self, clients: Clients, visits: list[Visit]) -> dict[str, Report]:
+        """Have the clients make their visits; wait until they are over and have been counted."""
+        asyncio.run(clients.run(visits))
+        before = self.total
+        ended = {bot: before.served[bot] + len(clients.seen[bot]) for bot in REQUESTS}
+        until(lambda: read_counts().served, ended)
+        reports = self.ask_replicas()
+        noted = {
+            bot: before.outcomes[bot] + Counter(itertools.chain(*report.outcomes.values()))
+            for bot, report in reports.items()
+        }
+        until(lambda: read_counts().outcomes, noted)
+        self.total = read_counts()
+        self.counted = self.total.since(before)
+        return reports
+
+
+def mismatches(seen: Seen, report: Report) -> list[tuple[str, list[str], list[str]]]:
+    """What was counted otherwise than clients saw it, or not once."""
+    found = []
+    for name in seen.keys() | report.outcomes.keys() | report.arrived.keys():
+        saw, counted = seen.get(name, []), report.outcomes.get(name, [])
+        never_came = saw == ["unheard"] and name not in report.arrived
+        # Whoever has left cannot know.
+        as_seen = len(saw) == len(counted) and all(
+            one in ("left", "unheard", other) for one, other in zip(saw, counted, strict=True)
+        )
+        if not (never_came and not counted) and not (as_seen and report.arrived.get(name) == 1):
+            found.append((name, saw, counted))
+    return found
+
+
+def cells(label: str, values: Iterable[Any]) -> str:
+    return f"{label:42}" + "".join(f"{value!s:>12}" for value in values)
+
+
+@pytest.mark.slow
+def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
+    soak = Soak(port)
+    before = soak.run(Clients(port), plan(dict.fromkeys(REQUESTS, 70), random.Random(1)))
+    processes = {bot: psutil.Process(report.pid) for bot, report in before.items()}
+    memory: dict[str, dict[int, float]] = {bot: {} for bot in REQUESTS}
+
+    def measure(done: int) -> None:
+        if done % SAMPLE_EVERY == 0:
+            for bot, process in processes.items():
+                memory[bot][done] = process.memory_full_info().uss / 1e6
+
+    clients = Clients(port, measure)
+    after = soak.run(clients, plan(REQUESTS, random.Random(2)))
+
+    counted, seen = soak.counted, clients.seen
+    saw = {bot: Counter(itertools.chain(*seen[bot].values())) for bot in REQUESTS}
+    left = {bot: saw[bot]["left"] + saw[bot]["unheard"] for bot in REQUESTS}
+    never_came = {bot: len(seen[bot].keys() - after[bot].arrived.keys()) for bot in REQUESTS}
+    noted = {bot: Counter(itertools.chain(*after[bot].outcomes.values())) for bot in REQUESTS}
+    wrong = {bot: mismatches(seen[bot], after[bot]) for bot in REQUESTS}
+    trend = {bot: trend_of_second_thousand(memory[bot]) for bot in REQUESTS}
+    open_at_end = until(lambda: connections(port), 0)
+
+    numbers: dict[str, dict[str, int]] = {
+        "prompts sent": {bot: saw[bot].total() for bot in REQUESTS},
+        **{f"  clients saw: {o}": {bot: saw[bot][o] for bot in REQUESTS} for o in OUTCOMES},
+        "  clients left": left,
+        **{f"  we counted: {o}": {b: counted.outcomes[b][o] for b in REQUESTS} for o in OUTCOMES},
+        "  nobody: left before the bot had it": never_came,
+        "HTTP requests, WebSockets": {bot: len(seen[bot]) for bot in REQUESTS},
+        "  Serve's proxy counted": counted.proxy,
+        "  Serve's replica counted": counted.replica,
+        "generations": {bot: after[bot].generations for bot in REQUESTS},
+        "  made to fail": {bot: after[bot].failures for bot in REQUESTS},
+        "    in the middle of so many replies": {bot: after[bot].failing for bot in REQUESTS},
+    }
+    states: dict[str, Callable[[Report], int]] = {
+        "threads of Python, before and after": lambda report: len(report.threads),
+        "all threads": lambda report: report.native_threads,
+        "tasks": lambda report: len(report.tasks),
+        "our objects, and queues": lambda report: sum(report.objects.values()),
+        "sockets": lambda report: report.sockets,
+    }
+    with capsys.disabled():
+        print("\n" + cells("", [*REQUESTS, "all"]))
+        for label, row in numbers.items():
+            print(cells(label, [*row.values(), sum(row.values())]))
+        for label, state in states.items():
+            print(cells(label, [f"{state(before[b])}, {state(after[b])}" for b in REQUESTS]))
+        for done in (SAMPLE_EVERY, 1000, 2000):
+            print(cells(f"memory at {done}", [f"{memory[bot][done]:.1f} MB" for bot in REQUESTS]))
+        print(cells("  trend from 1000 to 2000", [f"{trend[bot]:+.1f} MB" for bot in REQUESTS]))
+
+    holds = {"no client is still connected": open_at_end == 0}
+    for bot in REQUESTS:
+        came = saw[bot].total() - never_came[bot]
+        claims = {
+            f"each request has one outcome, as its client saw it {wrong[bot][:3]}": not wrong[bot],
+            "all outcomes occur": all(counted.outcomes[bot][outcome] for outcome in OUTCOMES),
+            f"Ray's counters have what was counted {noted[bot]}": counted.outcomes[bot]
+            == noted[bot],
+            "nothing failed but what was made to": counted.outcomes[bot]["failed"]
+            <= after[bot].failing,
+            "all were sent": saw[bot].total() == REQUESTS[bot],
+            "our counters add up": counted.outcomes[bot].total() == came,
+            "Serve's counters add up": counted.served[bot] == len(seen[bot]),
+            f"no thread is left over {after[bot].threads}": after[bot].threads
+            == before[bot].threads
+            and after[bot].native_threads <= before[bot].native_threads + ALLOWANCE,
+            f"no task is left over {after[bot].tasks}": after[bot].tasks == before[bot].tasks,
+            f"no queue is left over {after[bot].objects}": max(after[bot].objects.values())
+            <= ALLOWANCE,
+            "no socket is left over": after[bot].sockets <= before[bot].sockets,
+            "no memory is left over": trend[bot] < GROWTH_MB,
+        }
+        holds |= {f"{bot}: {claim}": it_does for claim, it_does in claims.items()}
+    broken = [claim for claim, it_does in holds.items() if not it_does]
+    assert not broken, "\n".join(["does not hold:", *broken])
+
+
+def trend_of_second_thousand(memory: dict[int, float]) -> float:
+    """MB in 1000 requests, by a line through all measurements."""
+    second = {done: size for done, size in memory.items() if done >= 1000}
+    return 1000 * linear_regression([*second], [*second.values()]).slope
