@@ -22,7 +22,7 @@ from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.prompts import TextRequest, read_request
-from serving.responses import HTTP, TextStream, traceback_once
+from serving.responses import HTTP, PROMPT_ROUTE, TextStream, traceback_once
 from serving.streaming import TokenDecoder
 
 logger = logging.getLogger("ray.serve")
@@ -165,7 +165,7 @@ class Batchbot:
         self.run_model.set_max_batch_size(settings.max_batch_size)
         self.run_model.set_batch_wait_timeout_s(settings.batch_wait_timeout_s)
 
-    @fastapi_app.post("/")
+    @fastapi_app.post("/", **PROMPT_ROUTE)
     async def handle_request(
         self, request: Annotated[TextRequest, Depends(read_request)]
     ) -> TextStream:

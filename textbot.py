@@ -18,7 +18,7 @@ from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.prompts import TextRequest, read_request
-from serving.responses import HTTP, TextStream
+from serving.responses import HTTP, PROMPT_ROUTE, TextStream
 from serving.streaming import ReplyStreamer
 
 logger = logging.getLogger("ray.serve")
@@ -58,7 +58,7 @@ class Textbot:
         self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
         logger.info(f"{self.model_name} is ready")
 
-    @fastapi_app.post("/")
+    @fastapi_app.post("/", **PROMPT_ROUTE)
     async def handle_request(
         self, request: Annotated[TextRequest, Depends(read_request)]
     ) -> TextStream:

@@ -1,0 +1,245 @@
+"""The bots on a real Serve, asked what nobody would: no 5xx, no hang, no reply that is wrong."""
+
+import json
+from typing import Any, NamedTuple
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running_bots import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, http_reply, reference
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from test_encoding import assistant, user
+from test_properties import json_texts, texts
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from serving.encoding import PromptTooLong, encode
+from serving.loading import LoadedModel
+from serving.wire import CHAT_V1, REFUSALS, JsonWire, Limits
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+MAX_FRAME_BYTES = 2**24  # uvicorn's limit
+
+fuzz = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, name):
+    bot = getattr(bots, name)
+    bot.gate.open()
+    description = requests.get(f"{bot.http}openapi.json", timeout=HANG_S).text
+    short = description.replace('"minimum":1', '"minimum":1,"maximum":5')
+    operation = schemathesis.openapi.from_dict(json.loads(short))["/"]["POST"]
+    valid, invalid = (operation.as_strategy(generation_mode=mode) for mode in GenerationMode)
+
+    @fuzz
+    @given(case=valid | invalid)
+    def ask(case: schemathesis.Case) -> None:
+        case.call_and_validate(base_url=bot.http, checks=CHECKS, timeout=HANG_S)
+
+    ask()
+    assert http_reply(bot, "Hello!", 2) == reference(loaded, ["Hello!"], 2)
+
+
+def test_the_openapi_of_the_chatbot_has_no_http_operation(bots: Bots):
+    description = requests.get(f"{bots.chatbot.http}openapi.json", timeout=HANG_S).json()
+    assert description["paths"] == {}
+
+
+class Frame(NamedTuple):
+    """A message in one or two fragments."""
+
+    fragments: list[bytes]
+    is_text: bool
+
+    def text(self) -> str:
+        return b"".join(self.fragments).decode()
+
+
+def cut(data: bytes, at: int) -> list[bytes]:
+    return [data[:at], data[at:]]
+
+
+def text_frames(strategy: st.SearchStrategy[str]) -> st.SearchStrategy[Frame]:
+    fragments = st.builds(cut, strategy.map(str.encode), st.integers(0, 50))
+    return st.builds(Frame, fragments, st.just(True))
+
+
+huge = st.sampled_from([7_168, 7_169, 100_000]).map(lambda size: "x" * size)
+bad_frames = st.one_of(
+    st.builds(Frame, st.lists(st.binary(), min_size=1, max_size=2), st.booleans()),
+    text_frames(huge),
+)
+json_prompts = st.builds(
+    lambda prompt, limit: json.dumps({"type": "prompt", "prompt": prompt, "max_new_tokens": limit}),
+    texts,
+    st.integers(1, 5),
+)
+json_frames = st.one_of(
+    text_frames(json_prompts),
+    text_frames(st.just('{"type": "stop"}')),
+    text_frames(json_texts),
+    bad_frames,
+)
+
+
+@pytest.fixture(scope="module")
+def chatbot(bots: Bots) -> Bot:
+    bots.chatbot.gate.open()
+    return bots.chatbot
+
+
+def limits(loaded: LoadedModel) -> Limits:
+    return Limits(loaded.context - CHAT_MAX_NEW_TOKENS, CHAT_MAX_NEW_TOKENS)
+
+
+def send(websocket: ClientConnection, frames: list[Frame]) -> None:
+    for frame in frames:
+        websocket.send(frame.fragments, text=frame.is_text)
+
+
+def expected(loaded: LoadedModel, exchanges: list[tuple[str, str]], max_new_tokens: int) -> str:
+    """What is replied to "Hello!" after these exchanges."""
+    turns = [turn for said, reply in exchanges for turn in (user(said), assistant(reply))]
+    turns.append(user("Hello!"))
+    encode(turns, loaded.tokenizer, limits(loaded).room)
+    return reference(loaded, [turn["content"] for turn in turns], max_new_tokens)
+
+
+def plain_code(loaded: LoadedModel, frame: Frame) -> int | None:
+    """The code with which a frame closes a plain chat."""
+    if not frame.is_text:
+        return 1003
+    try:
+        encode([user(frame.text())], loaded.tokenizer, limits(loaded).room)
+    except UnicodeDecodeError:
+        return 1007
+    except PromptTooLong:
+        return 1009
+    return None
+
+
+def plain_reply(websocket: ClientConnection) -> str:
+    chunks = []
+    while (chunk := websocket.recv(timeout=HANG_S)) != "<>":
+        chunks.append(chunk)
+    return "".join(chunks)
+
+
+def talk_plainly(chatbot: Bot, loaded: LoadedModel, frames: list[Frame]) -> None:
+    with connect(chatbot.ws) as websocket:
+        send(websocket, [*frames, Frame([b"Hello!"], True)])
+        replies = [plain_reply(websocket) for _ in frames]
+        last = plain_reply(websocket)
+        websocket.close()
+        assert list(websocket) == []
+    exchanges = [
+        (frame.text(), reply)
+        for frame, reply in zip(frames, replies, strict=True)
+        if frame.text().strip()
+    ]
+    assert last == expected(loaded, exchanges, CHAT_MAX_NEW_TOKENS)
+
+
+@fuzz
+@given(frames=st.lists(text_frames(texts) | bad_frames, max_size=3))
+def test_a_plain_chat_replies_to_every_frame_or_says_which_it_does_not_take(
+    chatbot, loaded, frames
+):
+    codes = {plain_code(loaded, frame) for frame in frames} - {None}
+    try:
+        talk_plainly(chatbot, loaded, frames)
+        assert not codes
+    except ConnectionClosed as closed:
+        assert closed.rcvd is not None
+        assert closed.rcvd.code in codes
+        talk_plainly(chatbot, loaded, [])
+
+
+def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
+    """What may answer a frame in chat.v1."""
+    try:
+        message = {"text": frame.text()} if frame.is_text else {"bytes": b""}
+        prompt = JsonWire(None, limits(loaded), []).read(message)
+        if prompt is None:
+            return set()
+        encode([user(prompt.prompt)], loaded.tokenizer, limits(loaded).room)
+        return {"done"}
+    except PromptTooLong:
+        return {"done", "error"}  # the former if it is stopped before it is tokenized
+    except (*REFUSALS, UnicodeDecodeError):
+        return {"error"}  # or the socket closes
+
+
+def receive(websocket: ClientConnection) -> dict[str, Any]:
+    return json.loads(websocket.recv(timeout=HANG_S))
+
+
+def talk_json(chatbot: Bot, loaded: LoadedModel, frames: list[Frame]) -> None:
+    hello = Frame([b'{"type": "prompt", "prompt": "Hello!", "max_new_tokens": 5}'], True)
+    exchanges, reply = [], ""
+    with connect(chatbot.ws, subprotocols=[CHAT_V1]) as websocket:
+        send(websocket, [*frames, hello])
+        for frame in [*frames, hello]:
+            if not (possible := answers(loaded, frame)):
+                continue
+            reply = ""
+            while (message := receive(websocket))["type"] in ("waiting", "text"):
+                reply += message.get("text", "")
+            assert message["type"] in possible
+            begun = reply or message.get("finish_reason") != "cancelled"
+            if frame is not hello and message["type"] == "done" and begun:
+                exchanges.append((json.loads(frame.text())["prompt"], reply))
+        websocket.close()
+        assert list(websocket) == []
+    assert reply == expected(loaded, exchanges, 5)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@fuzz
+@given(frames=st.lists(json_frames, max_size=6))
+def test_a_json_chat_answers_every_frame_once_unless_one_is_not_even_text(chatbot, loaded, frames):
+    utf8 = all(is_utf8(b"".join(frame.fragments)) for frame in frames if frame.is_text)
+    try:
+        talk_json(chatbot, loaded, frames)
+        assert utf8
+    except ConnectionClosed as closed:
+        assert closed.rcvd is not None
+        assert closed.rcvd.code == 1007
+        assert not utf8
+        talk_json(chatbot, loaded, [])
+
+
+@pytest.mark.parametrize("subprotocols", [None, [CHAT_V1]], ids=["plain", CHAT_V1])
+def test_a_frame_beyond_the_limit_of_the_server_closes_the_socket_with_1009(
+    chatbot, loaded, subprotocols
+):
+    with (
+        connect(chatbot.ws, subprotocols=subprotocols) as websocket,
+        pytest.raises(ConnectionClosed) as closed,
+    ):
+        websocket.send("x" * (MAX_FRAME_BYTES + 1))  # compressed, so that all of it is sent
+        websocket.recv(timeout=HANG_S)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1009
+    talk_plainly(chatbot, loaded, [])

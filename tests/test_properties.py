@@ -1,0 +1,302 @@
+"""What holds for any text, tokens and JSON: encoded, decoded, streamed and framed without loss."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scripted import EOS, byte_tokenizer
+from test_encoding import TEMPLATE, assistant, user
+from test_streaming import byte_fallback_tokenizer
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+
+from batchbot import Batchbot, RawStreamer, Row
+from serving.encoding import MAX_BYTES_PER_TOKEN, PromptTooLong, Turn, begin, encode, tokenize
+from serving.loading import check_model
+from serving.locating import EMBEDDED
+from serving.prompts import TextRequest, parse_object
+from serving.streaming import ReplyStreamer, TokenDecoder
+from serving.wire import REFUSALS, BadFrame, JsonWire, Limits, PlainWire
+
+HANG_S = 60
+MARKER_LETTERS = "<>🐢"  # few, so that a chunk often is the marker
+
+property_test = settings(deadline=None, derandomize=True)
+
+tricky = st.sampled_from(
+    [EOS, "<>", "\ufffd", "👩‍👩‍👧", "żółw", "\0", "\r\n", " \u2581", "{{ 1 }}"]
+)
+texts = st.lists(st.text() | tricky, max_size=4).map("".join)
+conversations = st.builds(
+    lambda system_prompt, exchanges, prompt: [
+        *begin(system_prompt),
+        *(turn for said, reply in exchanges for turn in (user(said), assistant(reply))),
+        user(prompt),
+    ],
+    st.none() | texts,
+    st.lists(st.tuples(texts, texts), max_size=5),
+    texts,
+)
+
+any_text = st.text(st.characters())  # also lone surrogates, which JSON can escape
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text,
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(any_text, values, max_size=4),
+    max_leaves=10,
+)
+nested = st.builds(
+    lambda depth, bracket: f'{{"prompt": {bracket[0] * depth}1{bracket[1] * depth}}}',
+    st.integers(0, 20_000) | st.integers(900, 1100),
+    st.sampled_from([("[", "]"), ('{"a":', "}")]),
+)
+messages = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["prompt", "stop"]) | json_values,
+        "prompt": any_text | json_values,
+        "max_new_tokens": st.integers(-1, 101) | json_values,
+        "more": json_values,
+    },
+)
+json_texts = st.one_of(messages.map(json.dumps), json_values.map(json.dumps), nested, texts)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bytes with a template", EMBEDDED])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    if request.param == EMBEDDED:
+        return check_model(EMBEDDED)[1]
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = None if request.param == "bytes" else TEMPLATE
+    return tokenizer
+
+
+@property_test
+@given(whole=conversations, room=st.integers(-1, 300))
+def test_any_conversation_fits_or_is_too_long_and_loses_only_its_oldest_exchanges(
+    tokenizer, whole, room
+):
+    first = int(whole[0]["role"] == "system")
+
+    def left_after(dropped: int) -> list[Turn]:
+        return whole[:first] + whole[first + dropped :]
+
+    conversation = list(whole)
+    try:
+        ids = encode(conversation, tokenizer, room)
+    except PromptTooLong:
+        size = len(whole[-1]["content"].encode())
+        alone = [*whole[:first], whole[-1]]
+        assert size > room * MAX_BYTES_PER_TOKEN or len(tokenize(alone, tokenizer)) > room
+    else:
+        assert len(ids) <= room
+        dropped = len(whole) - len(conversation)
+        assert ids == tokenize(conversation, tokenizer)
+        assert dropped % 2 == 0
+        assert conversation == left_after(dropped)
+        assert not dropped or len(tokenize(left_after(dropped - 2), tokenizer)) > room
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [byte_tokenizer(512), check_model(EMBEDDED)[1], ByT5Tokenizer(), byte_fallback_tokenizer()],
+    ids=["bytes", EMBEDDED, "python", "byte fallback"],
+)
+@property_test
+@given(text=texts)
+def test_the_pieces_of_any_text_are_whole_characters_and_join_to_it(tokenizer, text):
+    ids, decoder = ids_of(tokenizer, text), TokenDecoder(tokenizer)
+    joined = "".join([*map(decoder.step, ids), decoder.flush()])
+    assert joined == tokenizer.decode(ids, skip_special_tokens=True)
+    assert joined == text or "<" in text  # which a special token begins with
+
+
+async def stream_reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    streamer = ReplyStreamer(tokenizer)
+
+    def write() -> None:
+        streamer.put(torch.tensor([[0, 0, 0]]))
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.to_thread(write))
+        return [text async for text in streamer]
+
+
+@property_test
+@given(data=st.data())
+def test_the_pieces_of_any_tokens_join_to_what_decode_says(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1)))
+    pieces = asyncio.run(stream_reply(tokenizer, ids))
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "" not in pieces
+
+
+async def stream_batch(
+    tokenizer: PreTrainedTokenizerBase, replies: list[list[int]], limits: list[int], junk: int
+) -> list[str]:
+    """What the readers of a batch get of replies that end with EOS, as `generate` writes them."""
+    rows = [Row([0, 0, 0], limit, TokenDecoder(tokenizer)) for limit in limits]
+    streamer = RawStreamer(rows)
+    config = SimpleNamespace(eos_token_id=[tokenizer.eos_token_id])
+    bot = SimpleNamespace(model=SimpleNamespace(generation_config=config))
+
+    def write() -> None:
+        input_ids = torch.zeros(len(rows), 3, dtype=torch.long)
+        streamer.put(input_ids)
+        unfinished = torch.ones(len(rows), dtype=torch.bool)
+        for step in range(max(limits)):
+            tokens = [reply[step] if step < len(reply) else junk for reply in replies]
+            streamer.put(torch.tensor(tokens))
+            input_ids = torch.cat([input_ids, torch.tensor(tokens)[:, None]], dim=1)
+            unfinished &= torch.tensor(tokens) != tokenizer.eos_token_id
+            unfinished &= ~streamer(input_ids, None)
+            if not unfinished.any():
+                break
+        streamer.end()
+
+    read, ended = [""] * len(rows), [False] * len(rows)
+    async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.to_thread(write))
+        async for items in Batchbot.func_or_class.consume_streamer(bot, rows, streamer):
+            for number, item in enumerate(items):
+                if item is StopIteration:
+                    ended[number] = True
+                elif not ended[number]:  # else Serve has closed its stream
+                    assert isinstance(item, str)
+                    read[number] += item
+    assert all(ended)
+    lengths = [reply.index(tokenizer.eos_token_id) + 1 for reply in replies]
+    assert [len(row.token_times) for row in rows] == list(map(min, lengths, limits))
+    return read
+
+
+@property_test
+@given(
+    rows=st.lists(st.tuples(texts, st.integers(1, 80)), min_size=1, max_size=5),
+    junk=st.integers(0, 256),
+)
+def test_each_row_of_a_batch_gets_its_own_text_up_to_its_own_limit(tokenizer, rows, junk):
+    eos = tokenizer.eos_token_id
+    replies = [[*ids_of(tokenizer, text), eos] for text, _ in rows]
+    limits = [limit for _, limit in rows]
+    expected = [
+        tokenizer.decode(reply[: reply.index(eos)][:limit], skip_special_tokens=True)
+        for reply, limit in zip(replies, limits, strict=True)
+    ]
+    assert asyncio.run(stream_batch(tokenizer, replies, limits, junk)) == expected
+
+
+class Socket:
+    """Keeps the frames that are sent."""
+
+    def __init__(self) -> None:
+        self.frames: list[str] = []
+
+    async def send_text(self, text: str) -> None:
+        self.frames.append(text)
+
+
+LIMITS = Limits(room=100, max_new_tokens=100)
+
+
+@property_test
+@given(
+    marker=st.text(MARKER_LETTERS, min_size=2, max_size=3),
+    chunks=st.lists(st.text(MARKER_LETTERS, max_size=4) | texts),
+)
+def test_the_marker_never_appears_as_data_and_nothing_is_lost(marker, chunks):
+    wire = PlainWire(Socket(), LIMITS, marker)
+
+    async def send() -> None:
+        for chunk in chunks:
+            await wire.send_text(chunk)
+
+    asyncio.run(send())
+    assert marker not in wire.ws.frames
+    assert "".join(wire.ws.frames) == "".join(chunks)
+
+
+@property_test
+@given(chunks=st.lists(texts))
+def test_text_in_json_frames_is_the_text(chunks):
+    wire = JsonWire(Socket(), LIMITS, [])
+
+    async def send() -> None:
+        for chunk in chunks:
+            await wire.send_text(chunk)
+
+    asyncio.run(send())
+    frames = [json.loads(frame) for frame in wire.ws.frames]
+    assert frames == [{"type": "text", "text": chunk} for chunk in chunks]
+
+
+@property_test
+@given(text=json_texts)
+@example('{"type": "prompt", "prompt": "Hello!"}')
+@example('{"type": "stop"}')
+def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_refused(text):
+    try:
+        request = JsonWire(Socket(), LIMITS, []).read({"text": text})
+    except REFUSALS as error:
+        assert str(error)
+        return
+    if request is None:
+        assert json.loads(text) == {"type": "stop"}
+    else:
+        assert isinstance(request, TextRequest)
+        assert request.prompt.strip()
+        assert request.prompt.encode()
+        assert 0 < request.max_new_tokens <= LIMITS.max_new_tokens
+
+
+@property_test
+@given(data=st.binary())
+def test_any_binary_frame_is_refused(data):
+    for wire in JsonWire(Socket(), LIMITS, []), PlainWire(Socket(), LIMITS, "<>"):
+        with pytest.raises(BadFrame):
+            wire.read({"bytes": data})
+
+
+@property_test
+@given(
+    body=st.one_of(
+        json_texts, st.binary(), any_text.map(lambda text: json.dumps(text).encode("utf-16"))
+    )
+)
+def test_any_body_is_an_object_or_a_value_error(body):
+    try:
+        fields = parse_object(body)
+    except ValueError as error:
+        assert str(error) in {
+            "is not a JSON object",
+            "has a lone surrogate, which is no character",
+        }
+    else:
+        assert isinstance(fields, dict)
+
+
+def has_surrogate(value: Any) -> bool:
+    return any(
+        "\ud800" <= character <= "\udfff" for character in json.dumps(value, ensure_ascii=False)
+    )
+
+
+@property_test
+@given(fields=st.dictionaries(any_text, json_values, max_size=4))
+def test_an_object_is_read_as_it_is_unless_it_has_lone_surrogates(fields):
+    written = json.dumps(fields)
+    if has_surrogate(json.loads(written)):
+        with pytest.raises(ValueError, match="lone surrogate"):
+            parse_object(written)
+    else:
+        assert repr(parse_object(written)) == repr(fields)  # NaN does not equal itself
