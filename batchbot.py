@@ -97,7 +97,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
             row.cancelled = True
 
     @property
-    def cancelled(self) -> bool:
+    def unread(self) -> bool:
         return all(row.cancelled for row in self.rows)
 
     def _send(self, item: list[int] | Exception | None) -> None:

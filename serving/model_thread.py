@@ -17,8 +17,8 @@ class Streamer(Protocol):
     """Where a run of the model goes: text for one reader, or tokens for those of a batch."""
 
     @property
-    def cancelled(self) -> bool:
-        """Whether nobody reads on."""
+    def unread(self) -> bool:
+        """Whether nobody reads it any more, or to its end."""
 
     @property
     def progress(self) -> float:
@@ -74,7 +74,7 @@ class ModelThread:
         Returns how many are ahead of it. Raises TooManyWaiting and ModelStalled.
         """
         self.check()
-        waiting, running = self._count_waiting(), self.running is not None
+        waiting, running = self._count_waiting(), self.running
         if self.max_waiting is not None and waiting >= self.max_waiting:
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
         self.waiting.append(streamer)
@@ -82,7 +82,7 @@ class ModelThread:
         self.report_waiting(self._count_waiting())
         if not self.watched:
             self._watch_in(self.stall_timeout_s)
-        return waiting + running
+        return waiting + (running is not None and not running.unread)
 
     def check(self) -> None:
         """Raise ModelStalled if the model hangs or its thread is dead."""
@@ -114,7 +114,7 @@ class ModelThread:
             self.waiting.remove(streamer)
             self.report_waiting(self._count_waiting())
             try:
-                if streamer.cancelled:  # its reader left while it waited
+                if streamer.unread:  # its reader left while it waited
                     streamer.end()
                 else:
                     generate(*arguments, streamer)
@@ -133,7 +133,7 @@ class ModelThread:
     # Called in both
 
     def _count_waiting(self) -> int:
-        return sum(not streamer.cancelled for streamer in list(self.waiting))
+        return sum(not streamer.unread for streamer in list(self.waiting))
 
     def _give_up(self, error: ModelStalled) -> None:
         """Fail all streamers; what of them has not begun never will."""

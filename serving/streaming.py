@@ -78,6 +78,11 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
         self.finished = False
 
     @property
+    def unread(self) -> bool:
+        """Whether nobody reads it any more, or to its end."""
+        return self.cancelled or self.finished
+
+    @property
     def progress(self) -> float:
         """When the last token came, by time.monotonic; 0.0 before the first."""
         return self.token_times[-1] if self.token_times else 0.0

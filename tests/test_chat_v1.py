@@ -160,7 +160,10 @@ def test_who_waits_for_others_is_told_how_many(chatbot):
         ('{"type": "prompt", "prompt": "Hi", "max_new_tokens": 0}', "max_new_tokens: "),
         ('{"type": "prompt", "prompt": "Hi", "loudness": 3}', "loudness: Extra inputs"),
         ('{"type": "prompt", "prompt": "' + "x" * 20_000 + '"}', "the prompt has 20"),
-        ('{"type": "prompt", "prompt": "' + "word " * 400 + '"}', "the prompt has 80"),
+        (
+            '{"type": "prompt", "prompt": "' + "word " * 400 + '"}',
+            "the prompt has 403 tokens, 112 fit",
+        ),
     ],
 )
 def test_an_error_answers_its_message_and_leaves_the_conversation_open(
