@@ -21,7 +21,7 @@ from chatbot import Chatbot
 from serving.streaming import ReplyStreamer, TokenDecoder
 from textbot import Textbot
 
-HANG_S = 60  # only bounds a hang
+HANG_S = 12  # only bounds a hang
 MAX_CHATS = 120
 ENCODE_ERROR = "This prompt cannot be encoded."
 DECODE_ERROR = "The reply cannot be decoded."
@@ -72,10 +72,10 @@ class GateActor:
             await self.changed.wait_for(lambda: self.allowed >= step or self.era != era)
         return self.error if step == self.fail_at and self.era == era else None
 
-    async def wait(self, event: str, count: int) -> None:
+    async def wait(self, event: str, count: int, within_s: float = HANG_S) -> None:
         async with self.changed:
             await asyncio.wait_for(
-                self.changed.wait_for(lambda: self.events[event] >= count), HANG_S
+                self.changed.wait_for(lambda: self.events[event] >= count), within_s
             )
 
     def count(self, event: str) -> int:
@@ -107,6 +107,13 @@ class Gate:
     def wait(self, event: str, count: int) -> None:
         """Wait until something has happened so many times."""
         ray.get(self.actor.wait.remote(event, count))
+
+    def happens(self, event: str, within_s: float) -> bool:
+        try:
+            ray.get(self.actor.wait.remote(event, 1, within_s))
+        except TimeoutError:
+            return False
+        return True
 
     def count(self, event: str) -> int:
         return ray.get(self.actor.count.remote(event))

@@ -174,3 +174,7 @@ def test_a_prompt_that_does_not_fit_is_a_413_that_says_what_does(bots: Bots, nam
     response = requests.post(bot.http, json={"prompt": "x" * 1_000_000})
     assert response.status_code == 413
     assert response.json() == {"detail": f"the prompt has 1000000 bytes, {room * 64} are allowed"}
+    response = requests.post(bot.http, json={"prompt": "x" * 5_000_000})
+    assert response.status_code == 413
+    assert "detail" in response.json()
+    assert response.headers["X-Model"] == "tiny-dialog"
