@@ -8,6 +8,10 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from ray import serve
 
+from serving.encoding import MAX_BYTES, PromptTooLong
+
+MAX_BODY_BYTES = MAX_BYTES + 1000  # read into memory before the prompt in it can be measured
+
 
 class TextRequest(BaseModel):
     """What a caller asks for, once it is known to be possible."""
@@ -55,6 +59,16 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return fields
 
 
+async def read_body(request: Request) -> bytes:
+    """The request's body. Raises PromptTooLong before too much of it is in memory."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise PromptTooLong(f"the body has more than the {MAX_BODY_BYTES} bytes allowed")
+    return bytes(body)
+
+
 async def read_request(request: Request) -> TextRequest:
     """The request's parameters: from the query, or from a JSON body with the same names.
 
@@ -63,7 +77,7 @@ async def read_request(request: Request) -> TextRequest:
     """
     limit = serve.get_replica_context().servable_object.max_new_tokens
     given, place = {"max_new_tokens": limit, **request.query_params}, "query"
-    if body := await request.body():
+    if body := await read_body(request):
         place = "body"
         try:
             given |= parse_object(body)

@@ -13,10 +13,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import GuardAccess
-from serving.encoding import MAX_BYTES, PromptTooLong
+from serving.encoding import PromptTooLong
 from serving.metrics import CountOutcomes
-
-MAX_BODY_BYTES = MAX_BYTES + 1000  # read into memory before the prompt in it can be measured
 
 
 class TextStream(StreamingResponse):
@@ -156,5 +154,4 @@ PROMPT_ROUTE: dict[str, Any] = {
 HTTP: dict[str, Any] = {
     "middleware": [Middleware(NameTheModel), Middleware(CountOutcomes), Middleware(GuardAccess)],
     "exception_handlers": {PromptTooLong: too_long, Exception: failed},
-    "max_body_size": MAX_BODY_BYTES,
 }

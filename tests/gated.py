@@ -21,7 +21,7 @@ from chatbot import Chatbot
 from serving.streaming import ReplyStreamer, TokenDecoder
 from textbot import Textbot
 
-HANG_S = 12  # only bounds a hang
+HANG_S = 60  # only bounds a hang
 MAX_CHATS = 120
 ENCODE_ERROR = "This prompt cannot be encoded."
 DECODE_ERROR = "The reply cannot be decoded."

@@ -31,7 +31,7 @@ ALLOWED_ORIGIN = "https://chat.example.org"
 KEY = "correct-horse-battery-staple"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 INGRESS = "haproxy" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else "default"
-HANG_S = 12  # only bounds a hang
+HANG_S = 60  # only bounds a hang
 
 
 def free_port() -> int:
