@@ -122,8 +122,10 @@ def test_the_file_tree_is_true():
         assert str(file) in paths or parents & leaves, f"{file} is not in the README's tree"
 
 
-def test_the_continuous_integration_runs_the_readmes_test_command():
-    (command,) = commands(section("Develop"))
-    assert command.line.endswith("pip install -e '.[test]' && pytest")
-    pattern = "pip install -e '.\\[test\\]'"
-    assert pattern in (REPOSITORY / ".ci" / "run").read_text()
+def test_the_continuous_integration_runs_the_readmes_commands():
+    test, haproxy, soak = commands(section("Develop"))
+    assert test.line.endswith("pip install -e '.[test]' && pytest")
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    assert "pip install -e '.\\[test\\]'" in ci
+    assert f"\n{haproxy.line}\n" in ci
+    assert soak.line == "pytest -m slow"

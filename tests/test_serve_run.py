@@ -1,9 +1,12 @@
 """`serve run` with arguments: what they change, and what a mistake costs."""
 
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from running_bots import HANG_S, reference
 from serve_run import ENVIRONMENT, SERVE, serve_run
 
 
@@ -15,6 +18,30 @@ def test_arguments_configure_a_bot(checkout, emoji_model):
         assert len(response.text) == 3
         response = requests.post("http://localhost:8000/?prompt=x&max_new_tokens=4")
         assert response.status_code == 422
+
+
+def test_what_ctrl_c_cuts_is_seen_as_cut(checkout, loaded):
+    prompt, cut = "Tell me a story about dogs.", requests.exceptions.ChunkedEncodingError
+    whole, begun = reference(loaded, [prompt], 256), threading.Event()
+
+    def ask(_: int) -> str:
+        with requests.post(
+            "http://localhost:8000/", params={"prompt": prompt}, stream=True
+        ) as reply:
+            begun.set()
+            return reply.content.decode() if reply.ok else str(reply.status_code)
+
+    with ThreadPoolExecutor(60) as threads:
+        with serve_run(checkout, "textbot:app"):
+            replies = [threads.submit(ask, number) for number in range(60)]
+            assert begun.wait(HANG_S)
+        errors = [reply.exception() for reply in replies]
+    assert any(isinstance(error, cut | requests.ConnectionError) for error in errors)
+    for reply, error in zip(replies, errors, strict=True):
+        if error is None:
+            assert reply.result() in (whole, "500", "503")
+        else:
+            assert isinstance(error, cut | requests.ConnectionError)
 
 
 @pytest.mark.parametrize(
