@@ -21,8 +21,9 @@ from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.openapi import PROMPT_ROUTE
 from serving.prompts import TextRequest, read_request
-from serving.responses import HTTP, PROMPT_ROUTE, TextStream, traceback_once
+from serving.responses import HTTP, TextStream, traceback_once
 from serving.streaming import TokenDecoder
 
 logger = logging.getLogger("ray.serve")

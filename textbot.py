@@ -17,8 +17,9 @@ from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.openapi import PROMPT_ROUTE
 from serving.prompts import TextRequest, read_request
-from serving.responses import HTTP, PROMPT_ROUTE, TextStream
+from serving.responses import HTTP, TextStream
 from serving.streaming import ReplyStreamer
 
 logger = logging.getLogger("ray.serve")

@@ -26,10 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Chat with a Chatbot.")
     parser.add_argument("--url", default="ws://localhost:8000/")
     parser.add_argument("--end-of-response", default="<>", help="the marker after each reply")
+    parser.add_argument(
+        "--api-key-file", type=argparse.FileType(), help="a file with the key that the bot asks for"
+    )
     options = parser.parse_args()
 
+    headers = {}
+    if options.api_key_file:
+        headers["Authorization"] = f"Bearer {options.api_key_file.read().strip()}"
     try:
-        with connect(options.url) as websocket:
+        with connect(options.url, additional_headers=headers) as websocket:
             for prompt in prompts():
                 websocket.send(prompt)
                 while (text := websocket.recv()) != options.end_of_response:

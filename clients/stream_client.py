@@ -17,13 +17,19 @@ def main() -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, help="the most tokens that the reply may have"
     )
+    parser.add_argument(
+        "--api-key-file", type=argparse.FileType(), help="a file with the key that the bot asks for"
+    )
     options = parser.parse_args()
 
+    headers = {}
+    if options.api_key_file:
+        headers["Authorization"] = f"Bearer {options.api_key_file.read().strip()}"
     body = {"prompt": options.prompt}
     if options.max_new_tokens is not None:
         body["max_new_tokens"] = options.max_new_tokens
     try:
-        with requests.post(options.url, json=body, stream=True) as response:
+        with requests.post(options.url, json=body, headers=headers, stream=True) as response:
             if not response.ok:
                 sys.exit(f"{options.url} answered {response.status_code}: {response.text}")
             for chunk in response.iter_content(chunk_size=None, decode_unicode=True):

@@ -7,6 +7,9 @@ import pexpect
 import pytest
 from running_bots import (
     CHAT_MAX_NEW_TOKENS,
+    EMOJI_PROMPT,
+    EMOJI_REPLY,
+    KEY,
     MAX_NEW_TOKENS,
     REPOSITORY,
     Bots,
@@ -50,6 +53,20 @@ def test_the_stream_client_asks_for_a_story_about_dogs(bots: Bots, loaded, name)
     ran = run(STREAM, "--url", getattr(bots, name).http)
     story = reference(loaded, ["Tell me a story about dogs."], MAX_NEW_TOKENS)
     assert (ran.stdout, ran.stderr, ran.returncode) == (story + "\n", "", 0)
+
+
+@pytest.mark.parametrize("script", [STREAM, CHAT])
+def test_the_clients_give_the_key_that_a_bot_asks_for(bots: Bots, tmp_path, script):
+    if script == STREAM:
+        arguments = [EMOJI_PROMPT, "--url", bots.emoji_textbot.http]
+    else:
+        arguments = ["--url", bots.emoji_chatbot.ws]
+    (tmp_path / "key").write_text(KEY + "\n")
+    ran = run(script, *arguments, "--api-key-file", str(tmp_path / "key"), stdin=EMOJI_PROMPT)
+    assert (ran.stdout, ran.stderr, ran.returncode) == (EMOJI_REPLY + "\n", "", 0)
+    ran = run(script, *arguments, stdin=EMOJI_PROMPT)
+    assert (ran.stdout, ran.returncode) == ("", 1)
+    assert "401" in ran.stderr
 
 
 @pytest.mark.parametrize("name", ["textbot", "batchbot"])

@@ -3,6 +3,7 @@
 All of it holds on both of Serve's ingresses: `pytest` and `pytest -m haproxy`.
 """
 
+import json
 import os
 import signal
 import socket
@@ -45,7 +46,7 @@ from test_batchbot import batches_of
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from chatbot import Chatbot
+from chatbot import MAX_WAITING, Chatbot
 from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
 from serving.locating import EMBEDDED
 from textbot import Textbot
@@ -381,6 +382,29 @@ def test_chats_over_the_limit_are_told_to_try_again_later(bots: Bots):
     for websocket in chats:
         websocket.close()
     assert ask_until_served(subject).text
+
+
+def test_prompts_that_would_wait_too_long_are_told_to_try_again_later(bots: Bots):
+    subject = Subject("chatbot", bots.chatbot)
+    subject.gate.hold_after(0)
+    callers = [subject.call(SHORT)]
+    subject.gate.wait("step", 1)
+    for number in range(MAX_WAITING):
+        callers.append(subject.call(SHORT))
+        subject.gate.wait("submitted", number + 2)
+    refused = subject.call(SHORT)
+    assert refused.outcome() == "refused"
+    with connect(bots.chatbot.ws, subprotocols=["chat.v1"]) as websocket:
+        websocket.send('{"type": "prompt", "prompt": "Hello!"}')
+        assert json.loads(websocket.recv(timeout=HANG_S)) == {
+            "type": "error",
+            "detail": f"{MAX_WAITING} prompts already wait for the model",
+        }
+    subject.wait_for(refused=2)
+    for caller in callers:
+        caller.leave("close")
+    subject.wait_for(refused=2, cancelled=len(callers))
+    subject.gate.release()
 
 
 @pytest.mark.parametrize("name", ["textbot", "batchbot"])

@@ -1,0 +1,33 @@
+"""serving/wire.py: what a closing socket says."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from serving.encoding import PromptTooLong
+from serving.model_thread import TooManyWaiting
+from serving.wire import MAX_REASON_BYTES, BadFrame, close
+
+
+class Socket:
+    """Takes what is sent."""
+
+    async def close(self, code: int, reason: str) -> None:
+        self.code, self.reason = code, reason
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (BadFrame("not text"), 1003, "not text"),
+        (PromptTooLong("too long"), 1009, "too long"),
+        (TooManyWaiting("busy"), 1013, "busy"),
+        (MemoryError("0x1234 bytes of the prompt"), 1011, "the reply failed: MemoryError"),
+        (BadFrame("🐢" * 100), 1003, "🐢" * (MAX_REASON_BYTES // 4)),
+    ],
+)
+def test_a_socket_closes_with_the_code_of_the_error_and_a_reason_that_fits(error, code, reason):
+    socket: Any = Socket()
+    asyncio.run(close(socket, error))
+    assert (socket.code, socket.reason) == (code, reason)
