@@ -115,7 +115,7 @@ def test_a_client_that_sends_too_many_prompts_ahead_is_told_so(chatbot):
             websocket.send("Hello!")
         websocket.recv(timeout=HANG_S)
     assert closed.value.rcvd.code == 1013
-    chatbot.gate.wait("left", 1)
+    chatbot.gate.wait("cancelled", MAX_PROMPTS_AHEAD + 1)
 
 
 def test_100_sockets_are_open_at_once_and_prompts_wait_their_turn(chatbot):
