@@ -23,12 +23,10 @@ from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.openapi import PROMPT_ROUTE
 from serving.prompts import TextRequest, read_request
-from serving.responses import HTTP, TextStream, traceback_once
+from serving.responses import HTTP, TextStream
 from serving.streaming import TokenDecoder
 
 logger = logging.getLogger("ray.serve")
-
-logger.addFilter(traceback_once)
 
 fastapi_app = FastAPI(title="Batchbot", **HTTP)
 
@@ -148,6 +146,7 @@ class Batchbot:
         self.room = context - self.max_new_tokens
         self.system_prompt = system_prompt
         self.access = access or Access()
+        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
         # Short prompts are padded, on the left: a reply continues the end of its row.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id

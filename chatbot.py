@@ -54,6 +54,7 @@ class Chatbot:
         self.system_prompt = system_prompt
         self.end_of_response = end_of_response
         self.access = access or Access()
+        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
         self.free_places = MAX_CHATS
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)

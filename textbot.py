@@ -55,6 +55,7 @@ class Textbot:
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
+        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
         logger.info(f"{self.model_name} is ready")

@@ -37,6 +37,7 @@ def _check_host(host: str) -> str:
 
 
 def _check_origin(origin: str) -> str:
+    origin = origin.lower()  # as browsers send it
     if origin != "*" and not re.fullmatch(r"[a-z][a-z\d+.-]*://[^/?#@\s]+", origin):
         raise ValueError(f"{origin!r} is no origin, such as https://chat.example.org, nor *")
     return origin

@@ -54,7 +54,7 @@ class ModelThread:
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
         self.max_waiting = max_waiting
-        self.report_waiting = report_waiting  # called whenever the number of waiting ones changes
+        self.report_waiting = report_waiting  # called when one is submitted and when one begins
         self.jobs: SimpleQueue[tuple[Streamer, Callable[..., None], tuple[Any, ...]]] = (
             SimpleQueue()
         )
@@ -75,19 +75,26 @@ class ModelThread:
         """
         self.check()
         waiting, running = self._count_waiting(), self.running
-        if self.max_waiting is not None and waiting >= self.max_waiting:
+        # Those whose reader has left keep their place in the list until their turn.
+        if self.max_waiting is not None and (
+            waiting >= self.max_waiting or len(self.waiting) >= 10 * self.max_waiting
+        ):
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
+        if running is None and not self.waiting:
+            self.changed = time.monotonic()
         self.waiting.append(streamer)
+        self.report_waiting(waiting + 1)
         self.jobs.put((streamer, generate, arguments))
-        self.report_waiting(self._count_waiting())
         if not self.watched:
             self._watch_in(self.stall_timeout_s)
         return waiting + (running is not None and not running.unread)
 
     def check(self) -> None:
         """Raise ModelStalled if the model hangs or its thread is dead."""
+        if self.error is None and not self.thread.is_alive():
+            self.error = ModelStalled("the model's thread is dead")
         if self.error is not None:
-            raise self.error
+            raise ModelStalled(*self.error.args)
 
     def _watch_in(self, seconds: float) -> None:
         self.watched = True
@@ -110,15 +117,17 @@ class ModelThread:
     def _run(self) -> None:
         while True:
             streamer, generate, arguments = self.jobs.get()
-            self.running, self.changed = streamer, time.monotonic()
+            self.changed, self.running = time.monotonic(), streamer
             self.waiting.remove(streamer)
-            self.report_waiting(self._count_waiting())
             try:
+                self.report_waiting(self._count_waiting())
                 if streamer.unread:  # its reader left while it waited
                     streamer.end()
                 else:
                     generate(*arguments, streamer)
             except Exception as error:
+                if streamer.unread:
+                    logger.exception("The model failed for a reply that nobody reads any more")
                 streamer.fail(error)
             except (
                 BaseException
@@ -127,7 +136,7 @@ class ModelThread:
                 death.__cause__ = error
                 self._give_up(death)
                 return
-            self.running, self.changed = None, time.monotonic()
+            self.changed, self.running = time.monotonic(), None
             self.error = None  # it was only slow
 
     # Called in both

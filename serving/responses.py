@@ -61,7 +61,11 @@ class NameTheModel:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_named(message: Message) -> None:
-            if message["type"] in ("http.response.start", "websocket.accept"):
+            if message["type"] in (
+                "http.response.start",
+                "websocket.accept",
+                "websocket.http.response.start",
+            ):
                 MutableHeaders(scope=message).update(model_header())
             await send(message)
 
@@ -80,9 +84,9 @@ async def failed(request: Request, error: Exception) -> JSONResponse:
 
 
 def traceback_once(record: logging.LogRecord) -> bool:
-    """A filter for the log of Serve, which reports a failed batch once for each of its requests.
+    """A filter for the log of Serve, which reports a failure once for each request that it meets.
 
-    The traceback of the exception that they share is written with the first of them.
+    The traceback of an exception that they share is written with the first of them.
     """
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:
@@ -92,6 +96,8 @@ def traceback_once(record: logging.LogRecord) -> bool:
         error.was_logged = True  # type: ignore[attr-defined]
     return True
 
+
+logging.getLogger("ray.serve").addFilter(traceback_once)
 
 # For FastAPI: what is the same in all bots.
 HTTP: dict[str, Any] = {

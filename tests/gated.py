@@ -108,9 +108,9 @@ class Gate:
         """Wait until something has happened so many times."""
         ray.get(self.actor.wait.remote(event, count))
 
-    def happens(self, event: str, within_s: float) -> bool:
+    def happens(self, event: str, count: int, within_s: float) -> bool:
         try:
-            ray.get(self.actor.wait.remote(event, 1, within_s))
+            ray.get(self.actor.wait.remote(event, count, within_s))
         except TimeoutError:
             return False
         return True

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +123,11 @@ def bots(port: int, emoji_model: Path, tmp_path_factory: pytest.TempPathFactory)
             targets.append(serve.RunTarget(app, name=name, route_prefix=f"/{name}"))
             running[name] = Bot(f"127.0.0.1:{port}/{name}/", gate)
     serve.run_many(targets)
+    for bot in running.values():  # HAProxy learns of them a little later
+        deadline = time.monotonic() + HANG_S
+        while "X-Model" not in requests.get(bot.http, timeout=HANG_S).headers:
+            assert time.monotonic() < deadline, f"{bot.http} is not there"
+            time.sleep(0.2)
     return Bots(**running)
 
 

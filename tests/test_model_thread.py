@@ -10,6 +10,7 @@ import pytest
 from running_bots import HANG_S
 from scripted import byte_tokenizer
 
+from serving import model_thread
 from serving.model_thread import ModelStalled, ModelThread, TooManyWaiting
 from serving.streaming import ReplyStreamer
 
@@ -175,3 +176,36 @@ def test_a_stall_is_noticed_also_when_its_own_reader_has_left():
         held.go.set()
 
     run(test)
+
+
+def test_what_is_stopped_again_and_again_does_not_fill_the_line_without_end():
+    async def test() -> None:
+        thread, held = ModelThread(max_waiting=1), Held()
+        await held.submit_to(thread)
+        for _ in range(10):
+            leaving = ReplyStreamer(TOKENIZER)
+            thread.submit(leaving, say, "never")
+            leaving.cancel()
+        with pytest.raises(TooManyWaiting):
+            thread.submit(ReplyStreamer(TOKENIZER), say, "hello")
+        held.go.set()
+
+    run(test)
+
+
+def test_a_failure_that_nobody_reads_is_logged(monkeypatch):
+    async def test() -> None:
+        thread, following = ModelThread(), ReplyStreamer(TOKENIZER)
+
+        def leave_and_fail(streamer: ReplyStreamer) -> None:
+            streamer.cancel()
+            raise RuntimeError("out of memory")
+
+        thread.submit(ReplyStreamer(TOKENIZER), leave_and_fail)
+        thread.submit(following, say, "hello")
+        assert await read(following) == "hello"
+
+    said: list[str] = []
+    monkeypatch.setattr(model_thread.logger, "exception", said.append)
+    run(test)
+    assert said == ["The model failed for a reply that nobody reads any more"]
