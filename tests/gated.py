@@ -133,6 +133,9 @@ class Reporter:
     def __call__(self, event: str) -> None:
         self.thread.submit(lambda: ray.get(self.gate.record.remote(event)))
 
+    def flush(self) -> None:
+        self.thread.submit(int).result()
+
 
 class Gated:
     """Reports what happens, waits before each step of the model, and fails when it is told to."""
@@ -174,6 +177,10 @@ class Gated:
 
     def process(self) -> int:
         return os.getpid()
+
+    def flush(self) -> None:
+        """Have everything told to the gate, such as the end of what an earlier test asked."""
+        self.report.flush()
 
     def stall_after(self, seconds: float) -> None:
         self.model_thread.stall_timeout_s = seconds

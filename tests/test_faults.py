@@ -84,6 +84,7 @@ class Subject:
 @pytest.fixture(params=["textbot", "chatbot", "batchbot"])
 def subject(request: pytest.FixtureRequest, bots: Bots) -> Subject:
     subject = Subject(request.param, getattr(bots, request.param))
+    subject.handle().flush.remote().result()
     subject.gate.open()
     return subject
 
@@ -203,6 +204,7 @@ def test_the_request_timeout_of_serve_stops_the_model(bots: Bots, loaded, tokens
         subject.gate.release()
         assert subject.call(SHORT, 2).outcome() == "finished"
         assert subject.gate.count("step") == tokens + 1 + 2
+        subject.wait_for(cancelled=1, finished=1)
 
 
 @pytest.mark.parametrize("leaving", [(0,), (2,), (0, 1, 2)], ids=["first", "last", "all"])
@@ -263,6 +265,7 @@ def ask_until_served(subject: Subject):
         try:
             caller = subject.call(SHORT, 2)
             if caller.outcome() == "finished":
+                subject.gate.wait("finished", 1)
                 return caller
         except (ConnectionClosedError, InvalidStatus):
             continue
@@ -338,12 +341,15 @@ def test_an_exception_is_logged_once_and_no_prompt_reply_or_key_is(batchbot, bot
     batches_of("batchbot", 1, wait_s=0)
     requests.post(batchbot.bot.http, params={"prompt": secret}).raise_for_status()
     requests.post(batchbot.bot.http, params={"prompt": secret, "max_new_tokens": "0"})
+    batchbot.wait_for(failed=3, finished=1, refused=1)
     for name in ("textbot", "chatbot"):
         subject = Subject(name, getattr(bots, name))
         subject.gate.open()
         assert subject.call(secret).outcome() == "finished"
+        subject.wait_for(finished=1)
         subject.gate.fail_at(3, RuntimeError("logged once"))
         assert subject.call(secret).outcome() == "failed"
+        subject.wait_for(failed=1)
     requests.post(bots.emoji_textbot.http, params={"prompt": secret}, headers=WITH_KEY)
     connect(
         bots.emoji_chatbot.ws, subprotocols=["chat.v1", in_base64(KEY)], origin=ALLOWED_ORIGIN
