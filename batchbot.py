@@ -22,8 +22,9 @@ from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.openapi import PROMPT_ROUTE
-from serving.prompts import TextRequest, read_request
+from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
+from serving.sampling import Sampler, SampleRows
 from serving.streaming import TokenDecoder
 
 logger = logging.getLogger("ray.serve")
@@ -39,22 +40,27 @@ class Row:
     """One prompt of a batch and the state of its reply."""
 
     input_ids: list[int]
-    max_new_tokens: int
+    options: ReplyOptions
+    sampler: Sampler | None
     decoder: TokenDecoder
     asked: float = field(default_factory=time.monotonic)
     token_times: list[float] = field(default_factory=list)
     finished: bool = False
     cancelled: bool = False  # its client has left
 
-    def add(self, token: int, ends: list[int]) -> str | Exception:
+    def ends(self, token: int, generated: int, end_tokens: list[int]) -> bool:
+        """Whether a token, the last of so many, is the reply's last."""
+        long_enough = generated >= self.options.max_new_tokens
+        return long_enough or token in end_tokens or self.decoder.stopped or self.cancelled
+
+    def add(self, token: int, end_tokens: list[int]) -> str | Exception:
         """The text that a token completes, "" if it completes none or the row has finished."""
         if self.finished:
             return ""
         self.token_times.append(time.monotonic())
-        generated = len(self.token_times)
-        self.finished = token in ends or generated == self.max_new_tokens or self.cancelled
         try:
             text = self.decoder.step(token)
+            self.finished = self.ends(token, len(self.token_times), end_tokens)
             return text + self.decoder.flush() if self.finished else text
         except Exception as error:  # concerns this row alone
             self.finished = self.cancelled = True
@@ -65,26 +71,38 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     """The tokens of a whole batch, from the model's thread to the event loop.
 
     The streamers of transformers take one row. Pass this one to `generate` twice, as `streamer`
-    and in `stopping_criteria`; read it with `async for`: a list of one token per row each step.
+    and in `stopping_criteria`: it stops `generate` for all rows as soon as one has ended, to be
+    called again with the rows that are `going_on`. Read it with `async for`: each step's tokens,
+    by row.
     """
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        self.prompt_length: int | None = None
+    def __init__(self, rows: list[Row], end_tokens: list[int]) -> None:
+        self.rows = rows  # that `generate` runs with
+        self.end_tokens = end_tokens
+        self.prompt_length = 0
+        self.going_on: list[int] = []  # which of the rows
         self.progress = 0.0  # when the last step was done, by time.monotonic
         self.loop = asyncio.get_running_loop()
-        self.steps: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()
+        self.steps: asyncio.Queue[dict[Row, int] | Exception | None] = asyncio.Queue()
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompts, shape (rows, length), and then one token per row, shape (rows,)."""
-        if self.prompt_length is None:
-            self.prompt_length = value.shape[1]
-        else:
+        if value.dim() == 1:
             self.progress = time.monotonic()
-            self._send(value.tolist())
+            self._send(dict(zip(self.rows, value.tolist(), strict=True)))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether to stop, shape (rows,): asked by `generate` after each step."""
+        generated = input_ids.shape[1] - self.prompt_length
+        tokens = zip(self.rows, input_ids[:, -1].tolist(), strict=True)
+        ended = [row.ends(token, generated, self.end_tokens) for row, token in tokens]
+        self.going_on = [index for index, it_ended in enumerate(ended) if not it_ended]
+        return torch.full((len(ended),), any(ended), device=input_ids.device)
 
     def end(self) -> None:
-        self._send(None)
+        """`generate` has stopped: the end of the stream, unless rows go on."""
+        if not self.going_on:
+            self._send(None)
 
     def fail(self, error: Exception) -> None:
         """End the stream with an exception, raised where it is read."""
@@ -99,26 +117,20 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     def unread(self) -> bool:
         return all(row.cancelled for row in self.rows)
 
-    def _send(self, item: list[int] | Exception | None) -> None:
+    def _send(self, item: dict[Row, int] | Exception | None) -> None:
         self.loop.call_soon_threadsafe(self.steps.put_nowait, item)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Which rows stop, shape (rows,): those that nobody reads or that are long enough."""
-        generated = input_ids.shape[1] - (self.prompt_length or 0)
-        stop = [row.cancelled or generated >= row.max_new_tokens for row in self.rows]
-        return torch.tensor(stop, device=input_ids.device)
-
-    async def __aiter__(self) -> AsyncGenerator[list[int]]:
+    async def __aiter__(self) -> AsyncGenerator[dict[Row, int]]:
         while (step := await self.steps.get()) is not None:
             if isinstance(step, Exception):
                 raise step
             yield step
 
 
-# One batch generates at a time; the prompts of the next gather meanwhile. With batches of 8, a
-# hundred requests wait for a dozen batches, some minutes; who would have to wait longer is better
-# told so at once. Every request is queued in Serve's proxy for a moment, so that as many as a
-# replica takes must fit there too.
+# One batch generates at a time; the prompts of the next gather meanwhile. With batches of 16, a
+# hundred requests wait for half a dozen batches, some minutes; who would have to wait longer is
+# better told so at once. Every request is queued in Serve's proxy for a moment, so that as many as
+# a replica takes must fit there too.
 @serve.deployment(
     max_ongoing_requests=100,
     max_queued_requests=100,
@@ -139,11 +151,10 @@ class Batchbot:
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
     ) -> None:
-        self.model_name, self.model, self.tokenizer, context = load_model(model, dtype, fallback)
-        self.max_new_tokens = reply_limit(max_new_tokens, context)
-        # A row that has finished is still computed until the longest row has, so every prompt
-        # must leave room for the longest reply.
-        self.room = context - self.max_new_tokens
+        self.model_name, self.model, self.tokenizer, self.context = load_model(
+            model, dtype, fallback
+        )
+        self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
@@ -171,8 +182,10 @@ class Batchbot:
     ) -> TextStream:
         """Let the prompt join a batch and return the stream of its own row."""
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, self.room)
-        row = Row(input_ids, request.max_new_tokens, TokenDecoder(self.tokenizer))
+        room = self.context - request.max_new_tokens
+        input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
+        decoder = TokenDecoder(self.tokenizer, request.stop)
+        row = Row(input_ids, request, request.sampler(self.model.device), decoder)
         return await TextStream.start(self.stream_row(row))
 
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
@@ -198,7 +211,7 @@ class Batchbot:
         self.waiting.discard(*rows)
         self.batch.add(*rows)
         try:
-            streamer = RawStreamer(rows)
+            streamer = RawStreamer(rows, self.model.generation_config.eos_token_id or [])
             self.model_thread.submit(streamer, self.generate_text, rows)
             async for items in self.consume_streamer(rows, streamer):
                 yield items
@@ -206,26 +219,44 @@ class Batchbot:
             self.model_is_free.set()
 
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
-        """Run the model, in its thread: each step's tokens go to the streamer."""
+        """Run the model, in its thread; when a row ends, go on without it."""
         # The mask that comes with the padding keeps the model from reading it as text.
         inputs = self.tokenizer.pad(
             {"input_ids": [row.input_ids for row in rows]}, padding=True, return_tensors="pt"
-        )
-        self.model.generate(
-            **inputs.to(self.model.device),
-            max_new_tokens=max(row.max_new_tokens for row in rows),
-            streamer=streamer,
-            stopping_criteria=[streamer],
-        )
+        ).to(self.model.device)
+        input_ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
+        streamer.prompt_length = input_ids.shape[1]
+        while True:
+            output = self.model.generate(
+                input_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens,
+                logits_processor=[SampleRows([row.sampler for row in streamer.rows])],
+                streamer=streamer,
+                stopping_criteria=[streamer],
+                return_dict_in_generate=True,
+            )
+            if not streamer.going_on:
+                return
+            left = torch.tensor(streamer.going_on, device=self.model.device)
+            input_ids, cache = output.sequences[left], output.past_key_values
+            mask = torch.nn.functional.pad(
+                mask[left], (0, input_ids.shape[1] - mask.shape[1]), value=1
+            )
+            if cache is not None:
+                cache.reorder_cache(left)
+            streamer.rows = [streamer.rows[index] for index in streamer.going_on]
 
     async def consume_streamer(
         self, rows: list[Row], streamer: RawStreamer
     ) -> AsyncGenerator[list[Item]]:
         """Yield a list of one item per row at each step; a row ends with StopIteration."""
-        ends = self.model.generation_config.eos_token_id or []
         async for tokens in streamer:
             running = [row for row in rows if not row.finished]
-            yield [row.add(token, ends) for row, token in zip(rows, tokens, strict=True)]
+            yield [
+                row.add(tokens[row], streamer.end_tokens) if row in tokens else "" for row in rows
+            ]
             if any(row.finished for row in running):  # their responses close now
                 yield [StopIteration if row.finished else "" for row in rows]
 

@@ -4,9 +4,10 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Annotated
 
 import torch
-from fastapi import FastAPI, WebSocket
+from fastapi import Depends, FastAPI, WebSocket
 from ray import serve
 from ray.serve import Application
 
@@ -17,7 +18,9 @@ from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.prompts import ReplyOptions, read_options
 from serving.responses import HTTP
+from serving.sampling import SampleRows
 from serving.streaming import ReplyStreamer
 from serving.wire import Limits, choose_wire
 
@@ -49,8 +52,8 @@ class Chatbot:
         fallback: str | None = None,
     ) -> None:
         self.model_name, self.model, self.tokenizer, context = load_model(model, dtype, fallback)
-        limit = reply_limit(max_new_tokens, context)
-        self.limits = Limits(room=context - limit, max_new_tokens=limit)
+        self.max_new_tokens = reply_limit(max_new_tokens, context)
+        self.limits = Limits(context - self.max_new_tokens, self.max_new_tokens)
         self.system_prompt = system_prompt
         self.end_of_response = end_of_response
         self.access = access or Access()
@@ -61,11 +64,13 @@ class Chatbot:
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.websocket("/")
-    async def handle_request(self, ws: WebSocket) -> None:
+    async def handle_request(
+        self, ws: WebSocket, options: Annotated[ReplyOptions, Depends(read_options)]
+    ) -> None:
         """Receive prompts and stream replies, until the client leaves."""
         ends = self.model.generation_config.eos_token_id or []
-        wire = choose_wire(ws, self.limits, self.end_of_response, ends)
-        chat = Chat(wire, lambda: ReplyStreamer(self.tokenizer), self.metrics)
+        wire = choose_wire(ws, self.limits, options, self.end_of_response, ends)
+        chat = Chat(wire, lambda stop: ReplyStreamer(self.tokenizer, stop), self.metrics)
         if not self.free_places:
             await chat.refuse("too many chats are open")
             return
@@ -81,10 +86,10 @@ class Chatbot:
         conversation = begin(self.system_prompt)
         async for prompt in chat:
             async with chat.answer(prompt):
-                turns = [*conversation, {"role": "user", "content": prompt.text}]
+                turns = [*conversation, {"role": "user", "content": prompt.request.prompt}]
                 input_ids = await asyncio.to_thread(encode, turns, self.tokenizer, self.limits.room)
                 ahead = self.model_thread.submit(
-                    prompt.streamer, self.generate_text, input_ids, prompt.max_new_tokens
+                    prompt.streamer, self.generate_text, input_ids, prompt.request
                 )
                 if ahead:
                     await chat.wire.send_waiting(ahead)
@@ -97,13 +102,14 @@ class Chatbot:
                     conversation = [*turns, {"role": "assistant", "content": response}]
 
     def generate_text(
-        self, input_ids: list[int], max_new_tokens: int, streamer: ReplyStreamer
+        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
     ) -> None:
         """Run the model, in its thread: each token goes to the streamer as it is generated."""
         self.model.generate(
             torch.tensor([input_ids], device=self.model.device),
             attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
+            logits_processor=[SampleRows([options.sampler(self.model.device)])],
             streamer=streamer,
             stopping_criteria=[streamer],
         )

@@ -18,8 +18,9 @@ from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.openapi import PROMPT_ROUTE
-from serving.prompts import TextRequest, read_request
+from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
+from serving.sampling import SampleRows
 from serving.streaming import ReplyStreamer
 
 logger = logging.getLogger("ray.serve")
@@ -65,21 +66,22 @@ class Textbot:
         self, request: Annotated[TextRequest, Depends(read_request)]
     ) -> TextStream:
         """Start the reply in the model's thread; return its stream when the first text is there."""
-        streamer = ReplyStreamer(self.tokenizer)
+        streamer = ReplyStreamer(self.tokenizer, request.stop)
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
         room = self.context - request.max_new_tokens
         input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
-        self.model_thread.submit(streamer, self.generate_text, input_ids, request.max_new_tokens)
+        self.model_thread.submit(streamer, self.generate_text, input_ids, request)
         return await TextStream.start(self.consume_streamer(streamer))
 
     def generate_text(
-        self, input_ids: list[int], max_new_tokens: int, streamer: ReplyStreamer
+        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
     ) -> None:
         """Run the model, in its thread: each token goes to the streamer as it is generated."""
         self.model.generate(
             torch.tensor([input_ids], device=self.model.device),
             attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
+            logits_processor=[SampleRows([options.sampler(self.model.device)])],
             streamer=streamer,
             stopping_criteria=[streamer],
         )

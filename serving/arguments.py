@@ -14,8 +14,8 @@ from serving.locating import EMBEDDED, ModelError
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
-DEFAULT_BATCH_SIZE = 8
-DEFAULT_BATCH_WAIT_S = 0.02
+DEFAULT_BATCH_SIZE = 16
+DEFAULT_BATCH_WAIT_S = 0.05
 
 
 class BotArguments(Access):

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -11,10 +11,12 @@ from ray.exceptions import TaskCancelledError
 
 from serving.metrics import BotMetrics
 from serving.model_thread import TooManyWaiting
+from serving.prompts import TextRequest
 from serving.streaming import ReplyStreamer
 from serving.wire import REFUSALS, Wire, close
 
 MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
+NOTHING = TextRequest.model_construct(prompt="", max_new_tokens=0)  # asked by a bad frame
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,8 +25,7 @@ logger = logging.getLogger("ray.serve")
 class Prompt:
     """A prompt, or what is wrong with it, and the reply that it will get."""
 
-    text: str
-    max_new_tokens: int
+    request: TextRequest
     streamer: ReplyStreamer
     error: Exception | None = None
 
@@ -33,7 +34,10 @@ class Chat:
     """Iterate over it for the client's prompts, and answer each one inside `answer`."""
 
     def __init__(
-        self, wire: Wire, new_streamer: Callable[[], ReplyStreamer], metrics: BotMetrics
+        self,
+        wire: Wire,
+        new_streamer: Callable[[Sequence[str]], ReplyStreamer],  # from stop strings
+        metrics: BotMetrics,
     ) -> None:
         self.wire = wire
         self.ws = wire.ws
@@ -81,17 +85,16 @@ class Chat:
                 raise WebSocketDisconnect(1006) from None
             if frame["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(frame["code"])
-            prompt = Prompt("", 0, self.new_streamer())
+            problem = None
             try:
                 request = self.wire.read(frame)
             except REFUSALS as error:
-                prompt.error = error
-            else:
-                if request is None:  # stop
-                    for earlier in self.unanswered:
-                        earlier.streamer.cancel()
-                    continue
-                prompt.text, prompt.max_new_tokens = request.prompt, request.max_new_tokens
+                request, problem = NOTHING, error
+            if request is None:  # stop
+                for earlier in self.unanswered:
+                    earlier.streamer.cancel()
+                continue
+            prompt = Prompt(request, self.new_streamer(request.stop), problem)
             if len(self.unanswered) > MAX_PROMPTS_AHEAD:
                 raise TooManyWaiting(f"more than {MAX_PROMPTS_AHEAD} prompts wait for a reply")
             self.unanswered.append(prompt)
@@ -101,7 +104,7 @@ class Chat:
         """The client's prompts, except for what needs no model: those are answered here."""
         while True:
             prompt = await self.prompts.get()
-            if prompt.error is None and prompt.text.strip() and not prompt.streamer.cancelled:
+            if prompt.request.prompt.strip() and not prompt.streamer.cancelled:
                 yield prompt
             else:
                 async with self.answer(prompt):

@@ -34,6 +34,36 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "minimum": 1,
         "description": "The most tokens of the reply: at most the bot's own limit, the default.",
     },
+    "temperature": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 2,
+        "description": "Divides the logits: the higher, the less likely the tokens that are drawn. "
+        "0, and the default if nothing else asks for sampling: the most likely tokens.",
+    },
+    "top_p": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": 1,
+        "description": "Draw from the fewest tokens whose probabilities add up to this.",
+    },
+    "top_k": {
+        "type": "integer",
+        "minimum": 0,
+        "description": "Draw from this many of the most likely tokens; 0 is all.",
+    },
+    "seed": {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 2**63 - 1,
+        "description": "The same seed draws the same reply again.",
+    },
+    "stop": {
+        "type": "array",
+        "items": {"type": "string", "minLength": 1, "maxLength": 100},
+        "maxItems": 4,
+        "description": "Strings before which the reply ends; in the query, one parameter each.",
+    },
 }
 
 # For `@fastapi_app.post`.

@@ -1,34 +1,41 @@
 """What a caller asks for: a prompt and its options, from the query or a JSON body, checked."""
 
 import json
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+import torch
+from fastapi import Request, WebSocket
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ray import serve
+from starlette.datastructures import QueryParams
 
 from serving.encoding import MAX_BYTES, PromptTooLong
+from serving.sampling import Sampler
 
 MAX_BODY_BYTES = MAX_BYTES + 1000  # read into memory before the prompt in it can be measured
 
 
-class TextRequest(BaseModel):
-    """What a caller asks for, once it is known to be possible."""
+Model = TypeVar("Model", bound="ReplyOptions")
+StopString = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class ReplyOptions(BaseModel):
+    """How a reply is written: with the most likely tokens, unless one of these asks for sampling.
+
+    Validated with the context `{"limit": <the bot's max_new_tokens>}`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
     max_new_tokens: int
+    temperature: float | None = Field(default=None, ge=0, le=2)  # 0 is the most likely tokens
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)  # 0 is all of them
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: list[StopString] = Field(default=[], max_length=4)
 
-    @field_validator("prompt")
-    @classmethod
-    def _check_prompt(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("a blank prompt has no reply")
-        return prompt
-
-    @field_validator("max_new_tokens", mode="before")
+    @field_validator("max_new_tokens", "temperature", "top_p", "top_k", "seed", mode="before")
     @classmethod
     def _refuse_booleans(cls, value: object) -> object:
         if isinstance(value, bool):
@@ -42,6 +49,41 @@ class TextRequest(BaseModel):
         if not 0 < value <= limit:
             raise ValueError(f"from 1 to {limit} tokens are possible")
         return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _take_one_string(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    def sampler(self, device: torch.device) -> Sampler | None:
+        """What draws the tokens of one reply; None for the most likely ones."""
+        temperature, asked = self.temperature, (self.top_p, self.top_k, self.seed)
+        if temperature is None:
+            temperature = 0.0 if asked == (None, None, None) else 1.0
+        if temperature == 0:
+            return None
+        return Sampler(temperature, self.top_k or 0, self.top_p or 1.0, self.seed, device)
+
+
+class TextRequest(ReplyOptions):
+    """What a caller asks for, once it is known to be possible."""
+
+    prompt: str
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("a blank prompt has no reply")
+        return prompt
+
+
+def query_fields(query: QueryParams) -> dict[str, Any]:
+    """The fields of a query; of those that may be repeated, a list."""
+    fields: dict[str, Any] = dict(query)
+    if "stop" in fields:
+        fields["stop"] = query.getlist("stop")
+    return fields
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
@@ -75,8 +117,7 @@ async def read_request(request: Request) -> TextRequest:
     A request that does not limit the reply gets the deployment's `max_new_tokens`, and none may
     ask for more. Raises RequestValidationError (422), which names the field.
     """
-    limit = serve.get_replica_context().servable_object.max_new_tokens
-    given, place = {"max_new_tokens": limit, **request.query_params}, "query"
+    given, place = query_fields(request.query_params), "query"
     if body := await read_body(request):
         place = "body"
         try:
@@ -85,9 +126,28 @@ async def read_request(request: Request) -> TextRequest:
             problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
             raise RequestValidationError([problem]) from None
     try:
-        return TextRequest.model_validate(given, context={"limit": limit})
+        return _validate(TextRequest, given)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError(
-            [problem | {"loc": (place, *problem["loc"])} for problem in problems]
-        ) from None
+        raise RequestValidationError(describe_problems(error, place)) from None
+
+
+async def read_options(ws: WebSocket) -> ReplyOptions:
+    """The options of a connection's replies, from the query of its handshake.
+
+    Raises WebSocketRequestValidationError, with which the handshake is refused.
+    """
+    try:
+        return _validate(ReplyOptions, query_fields(ws.query_params))
+    except ValidationError as error:
+        raise WebSocketRequestValidationError(describe_problems(error, "query")) from None
+
+
+def _validate(kind: type[Model], given: dict[str, Any]) -> Model:
+    limit = serve.get_replica_context().servable_object.max_new_tokens
+    return kind.model_validate({"max_new_tokens": limit, **given}, context={"limit": limit})
+
+
+def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:
+    """What FastAPI says in the `detail` of a 422."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    return [{**problem, "loc": (place, *problem["loc"])} for problem in problems]

@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import Request
+from fastapi import Request, WebSocket
+from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from starlette.datastructures import MutableHeaders
@@ -83,6 +84,12 @@ async def failed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": detail}, status_code=500, headers=model_header())
 
 
+async def refuse_handshake(ws: WebSocket, error: Exception) -> None:
+    """The answer to a WebSocket's handshake whose query is wrong; `error` says how."""
+    assert isinstance(error, WebSocketRequestValidationError)
+    await ws.send_denial_response(JSONResponse({"detail": error.errors()}, status_code=422))
+
+
 def traceback_once(record: logging.LogRecord) -> bool:
     """A filter for the log of Serve, which reports a failure once for each request that it meets.
 
@@ -102,5 +109,9 @@ logging.getLogger("ray.serve").addFilter(traceback_once)
 # For FastAPI: what is the same in all bots.
 HTTP: dict[str, Any] = {
     "middleware": [Middleware(NameTheModel), Middleware(CountOutcomes), Middleware(GuardAccess)],
-    "exception_handlers": {PromptTooLong: too_long, Exception: failed},
+    "exception_handlers": {
+        PromptTooLong: too_long,
+        WebSocketRequestValidationError: refuse_handshake,
+        Exception: failed,
+    },
 }

@@ -5,7 +5,7 @@ the streamer on the event loop. Nobody polls: each piece of text wakes the loop 
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,17 @@ from transformers import AsyncTextIteratorStreamer, PreTrainedTokenizerBase, Sto
 class TokenDecoder:
     """Turns the token ids of one reply into text, whole characters at a time.
 
-    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`. An emoji or a Chinese
-    character is often several tokens; its first ones give "" and its last one the whole.
+    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, up to the first of the
+    `stop` strings, which ends the reply and is not part of it. An emoji or a Chinese character is
+    often several tokens; its first ones give "" and its last one the whole. What may be the
+    beginning of a stop string is held back as well.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
+        self.stop = stop
+        self.stopped = False  # at one of them
+        self.held = ""  # the beginning of one, perhaps
         self.ids: list[int] = []
         self.decoded = 0  # characters given so far
         # Incremental decoding comes with the Rust tokenizers, which nearly all models have.
@@ -35,12 +40,29 @@ class TokenDecoder:
         if not self.backend and text.endswith("\ufffd"):  # bytes that are no character yet
             return ""
         self.decoded += len(text)
-        return text
+        return self._until_stop(text)
 
     def flush(self) -> str:
-        """What is still held back when a reply ends inside a character: decoded as it is."""
+        """What is still held back when a reply ends: half a character is decoded as it is."""
         text = self._rest()
         self.decoded += len(text)
+        text, self.held = self._until_stop(text) + self.held, ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        """The text up to a stop string, less the beginning of one at its end."""
+        if self.stopped:
+            return ""
+        text, self.held = self.held + text, ""
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        longest = max(map(len, self.stop), default=0)
+        for at in range(max(0, len(text) - longest), len(text)):
+            if any(stop.startswith(text[at:]) for stop in self.stop):
+                text, self.held = text[:at], text[at:]
+                break
         return text
 
     def _next(self, token: int) -> str:
@@ -64,13 +86,13 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
 
     Pass it to `generate` twice, as `streamer` and in `stopping_criteria`. It adds to the streamer
     of transformers what that lacks: text leaves as soon as a token completes it instead of at the
-    next space, a failure reaches the reader (`fail`), and a reader who leaves stops the model
-    (`cancel`). Must be created on the event loop.
+    next space, a failure reaches the reader (`fail`), a reader who leaves stops the model
+    (`cancel`), and so does one of the `stop` strings. Must be created on the event loop.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         super().__init__(tokenizer)
-        self.decoder = TokenDecoder(tokenizer)
+        self.decoder = TokenDecoder(tokenizer, stop)
         self.asked = time.monotonic()
         self.token_times: list[float] = []
         self.seen_prompt = False
@@ -88,10 +110,11 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
         return self.token_times[-1] if self.token_times else 0.0
 
     def finish_reason(self, ends: Collection[int]) -> str:
-        """Why the reply is over: "cancelled", "stop" at a token that ends it, or "length"."""
+        """Why the reply is over: "cancelled", "stop" at what ends it, or "length"."""
         if self.cancelled:
             return "cancelled"
-        return "stop" if self.decoder.ids and self.decoder.ids[-1] in ends else "length"
+        ended = self.decoder.stopped or (self.decoder.ids and self.decoder.ids[-1] in ends)
+        return "stop" if ended else "length"
 
     # Called in the model's thread
 
@@ -99,9 +122,13 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
         """Take the prompt, shape (1, prompt length), and then one token at a time, shape (1,)."""
         if not self.seen_prompt:
             self.seen_prompt = True
-            return
+        elif not self.decoder.stopped:  # else `generate` learns of it at its next step
+            self.add(int(value))
+
+    def add(self, token: int) -> None:
+        """Take one token."""
         self.token_times.append(time.monotonic())
-        if text := self.decoder.step(int(value)):
+        if text := self.decoder.step(token):
             self._send(text)
 
     def end(self) -> None:
@@ -112,7 +139,8 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether to stop, shape (1,): asked by `generate` after each token."""
-        return torch.full(input_ids.shape[:1], self.cancelled, device=input_ids.device)
+        stop = self.cancelled or self.decoder.stopped
+        return torch.full(input_ids.shape[:1], stop, device=input_ids.device)
 
     # Called on the event loop
 

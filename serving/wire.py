@@ -6,7 +6,7 @@ then a marker in a frame of its own says that it is complete. An error closes th
 `chat.v1`, for clients that offer this subprotocol: JSON objects in text frames, told apart by
 their `type`. An error answers the prompt that it concerns, and the conversation goes on.
 
-    client  {"type": "prompt", "prompt": "Hello!", "max_new_tokens": 20}   the latter if need be
+    client  {"type": "prompt", "prompt": "Hello!", "max_new_tokens": 20}   and other ReplyOptions
             {"type": "stop"}                       ends the replies to all prompts sent before it
     server  {"type": "waiting", "ahead": 3}        prompts of others that come first, if any
             {"type": "text", "text": "Hi"}         a piece of the reply
@@ -25,7 +25,7 @@ from starlette.types import Message
 
 from serving.encoding import PromptTooLong, check_size
 from serving.model_thread import TooManyWaiting
-from serving.prompts import TextRequest, parse_object
+from serving.prompts import ReplyOptions, TextRequest, parse_object
 from serving.streaming import ReplyStreamer
 
 CHAT_V1 = "chat.v1"
@@ -69,11 +69,17 @@ class Wire(Protocol):
     async def send_error(self, error: Exception) -> None: ...
 
 
-def choose_wire(ws: WebSocket, limits: Limits, end_of_response: str, ends: Collection[int]) -> Wire:
+def choose_wire(
+    ws: WebSocket,
+    limits: Limits,
+    options: ReplyOptions,  # of the connection
+    end_of_response: str,
+    ends: Collection[int],
+) -> Wire:
     """chat.v1 for a client that offers it, else the plain form."""
     if CHAT_V1 in ws.scope["subprotocols"]:
-        return JsonWire(ws, limits, ends)
-    return PlainWire(ws, limits, end_of_response)
+        return JsonWire(ws, limits, options, ends)
+    return PlainWire(ws, limits, options, end_of_response)
 
 
 def describe(error: Exception) -> str:
@@ -92,9 +98,12 @@ async def close(ws: WebSocket, error: Exception) -> None:
 class PlainWire:
     """Text frames, and a marker after each reply."""
 
-    def __init__(self, ws: WebSocket, limits: Limits, end_of_response: str) -> None:
+    def __init__(
+        self, ws: WebSocket, limits: Limits, options: ReplyOptions, end_of_response: str
+    ) -> None:
         self.ws = ws
         self.limits = limits
+        self.options = options.model_dump()
         self.end_of_response = end_of_response
 
     async def accept(self) -> None:
@@ -104,7 +113,7 @@ class PlainWire:
         if (text := frame.get("text")) is None:
             raise BadFrame("a prompt is a text frame, not a binary one")
         check_size(text, self.limits.room)
-        return TextRequest.model_construct(prompt=text, max_new_tokens=self.limits.max_new_tokens)
+        return TextRequest.model_construct(prompt=text, **self.options)
 
     async def send_waiting(self, ahead: int) -> None:
         """Clients of this form just wait."""
@@ -127,9 +136,12 @@ class PlainWire:
 class JsonWire:
     """The subprotocol chat.v1."""
 
-    def __init__(self, ws: WebSocket, limits: Limits, ends: Collection[int]) -> None:
+    def __init__(
+        self, ws: WebSocket, limits: Limits, options: ReplyOptions, ends: Collection[int]
+    ) -> None:
         self.ws = ws
         self.limits = limits
+        self.options = options.model_dump()  # a prompt may have others
         self.ends = ends  # token ids that end a reply
 
     async def accept(self) -> None:
@@ -148,10 +160,9 @@ class JsonWire:
             return None
         if kind != "prompt":
             raise BadFrame('a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}')
-        limit = self.limits.max_new_tokens
         try:
             return TextRequest.model_validate(
-                {"max_new_tokens": limit, **message}, context={"limit": limit}
+                {**self.options, **message}, context={"limit": self.limits.max_new_tokens}
             )
         except ValidationError as error:
             problem = error.errors()[0]

@@ -18,6 +18,8 @@ from ray import serve
 
 from batchbot import Batchbot, Row
 from chatbot import Chatbot
+from continuousbot import Continuousbot
+from serving.prompts import ReplyOptions
 from serving.streaming import ReplyStreamer, TokenDecoder
 from textbot import Textbot
 
@@ -31,9 +33,9 @@ DECODE_ERROR = "The reply cannot be decoded."
 class GateActor:
     """Counts the events of one bot.
 
-    "started" of its replica, "submitted" and "step" of the model, "left" when a reply is not read
-    any more, for the Batchbot "asked", and the outcomes "finished", "failed", "cancelled" and
-    "refused".
+    "started" of its replica, "submitted" and "step" of the model, "tokens" that it read in its
+    steps, "left" when a reply is not read any more, for the Batchbot "asked", and the outcomes
+    "finished", "failed", "cancelled" and "refused".
     """
 
     def __init__(self) -> None:
@@ -64,11 +66,12 @@ class GateActor:
             self.events[event] += 1
             self.changed.notify_all()
 
-    async def step(self) -> BaseException | None:
+    async def step(self, tokens: int) -> BaseException | None:
         """Wait for leave to take a step; return the error with which it is to fail."""
         await self.record("step")
         step, era = self.events["step"], self.era
         async with self.changed:
+            self.events["tokens"] += tokens
             await self.changed.wait_for(lambda: self.allowed >= step or self.era != era)
         return self.error if step == self.fail_at and self.era == era else None
 
@@ -144,14 +147,17 @@ class Gated:
         await super().__init__(**arguments)
         self.gate = gate
         self.report = Reporter(gate)
-        self.submit, self.model_thread.submit = self.model_thread.submit, self.submit_and_report
+        self.watch_submit()
         self.count, self.metrics.count = self.metrics.count, self.count_and_report
-        self.model.register_forward_pre_hook(self.before_step)
+        self.model.register_forward_pre_hook(self.before_step, with_kwargs=True)
         self.tokenizer.__class__ = failing_tokenizer(type(self.tokenizer))
         self.report("started")
 
-    def submit_and_report(self, *arguments: Any) -> int:
-        ahead = self.submit(*arguments)
+    def watch_submit(self) -> None:
+        self.submit, self.model_thread.submit = self.model_thread.submit, self.submit_and_report
+
+    def submit_and_report(self, *arguments: Any, **options: Any) -> int:
+        ahead = self.submit(*arguments, **options)
         self.report("submitted")
         return ahead
 
@@ -159,8 +165,8 @@ class Gated:
         self.count(outcome)
         self.report(outcome)
 
-    def before_step(self, *_: Any) -> None:
-        if error := ray.get(self.gate.step.remote()):
+    def before_step(self, model: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if error := ray.get(self.gate.step.remote(options["input_ids"].numel())):
             raise error
 
     def spoil(self, decoder: TokenDecoder, input_ids: list[int]) -> None:
@@ -198,9 +204,11 @@ def failing_tokenizer(original: type) -> type:
 
 
 class GatedText(Gated):
-    def generate_text(self, input_ids: list[int], limit: int, streamer: ReplyStreamer) -> None:
+    def generate_text(
+        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
+    ) -> None:
         self.spoil(streamer.decoder, input_ids)
-        super().generate_text(input_ids, limit, streamer)
+        super().generate_text(input_ids, options, streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         try:
@@ -219,6 +227,15 @@ class GatedChatbot(GatedText, Chatbot.func_or_class):
     async def __init__(self, *arguments: Any, **options: Any) -> None:
         await super().__init__(*arguments, **options)
         self.free_places = MAX_CHATS
+
+
+class GatedContinuousbot(GatedText, Continuousbot.func_or_class):
+    def watch_submit(self) -> None:
+        self.submit, self.batch.add = self.batch.add, self.submit_and_report
+
+    def stall_after(self, seconds: float) -> None:
+        self.batch.stall_timeout_s = seconds
+        self.batch.watched = False  # the next prompt is watched anew
 
 
 class GatedBatchbot(Gated, Batchbot.func_or_class):

@@ -1,4 +1,4 @@
-"""One Ray and one Serve for all tests, with the three bots behind gates on a free port."""
+"""One Ray and one Serve for all tests, with the bots behind gates on a free port."""
 
 import os
 import shutil
@@ -12,12 +12,13 @@ import pytest
 import ray
 import requests
 import torch
-from gated import Gate, GatedBatchbot, GatedChatbot, GatedTextbot, gated
+from gated import Gate, GatedBatchbot, GatedChatbot, GatedContinuousbot, GatedTextbot, gated
 from ray import serve
 from scripted import save_scripted_model
 
 from batchbot import Batchbot
 from chatbot import Chatbot
+from continuousbot import Continuousbot
 from serving.access import Access
 from serving.loading import LoadedModel, load_model
 from serving.locating import EMBEDDED
@@ -88,9 +89,11 @@ class Bots(NamedTuple):
     textbot: Bot
     chatbot: Bot
     batchbot: Bot
+    continuousbot: Bot
     emoji_textbot: Bot
     emoji_chatbot: Bot
     emoji_batchbot: Bot
+    emoji_continuousbot: Bot
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +115,7 @@ def bots(port: int, emoji_model: Path, tmp_path_factory: pytest.TempPathFactory)
             GatedTextbot: Textbot,
             GatedChatbot: Chatbot,
             GatedBatchbot: Batchbot,
+            GatedContinuousbot: Continuousbot,
         }.items():
             name, gate = prefix + original.name.lower(), Gate()
             # The Chatbot's context holds only a few exchanges, so that tests soon outgrow it.

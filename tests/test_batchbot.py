@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from callers import HttpCaller
 from ray import serve
 from running_bots import (
     EMOJI_PROMPT,
@@ -104,6 +105,23 @@ def test_the_model_runs_no_longer_than_the_longest_row(pairs):
         for row in rows:
             row.result()
     assert pairs.gate.count("step") == 5
+
+
+def test_a_row_that_has_finished_or_was_left_costs_nothing_more(batchbot, loaded):
+    batches_of("batchbot", 3, wait_s=60)
+    batchbot.gate.hold_after(4)
+    staying, _, leaving = (HttpCaller(batchbot, LONG, limit) for limit in (8, 3, None))
+    leaving.first()
+    batchbot.gate.wait("step", 5)
+    leaving.leave("close")
+    batchbot.gate.wait("cancelled", 1)
+    batchbot.gate.release()
+    assert staying.outcome() == "finished"
+    assert staying.text == reference(loaded, [LONG], 8)
+    prompt = len(loaded.tokenizer(LONG)["input_ids"]) + 1
+    # Three prompts; two steps with three rows, two with two; three with the one that stayed.
+    assert batchbot.gate.count("tokens") == 3 * prompt + 2 * 3 + 2 * 2 + 3
+    batchbot.gate.wait("finished", 2)
 
 
 def test_prompts_that_arrive_while_a_batch_runs_make_one_next_batch(batchbot, loaded):

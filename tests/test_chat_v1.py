@@ -223,3 +223,22 @@ def test_a_browser_gives_the_key_as_a_subprotocol_and_it_is_not_echoed(bots: Bot
         assert websocket.subprotocol == "chat.v1"
         assert KEY not in str(websocket.response.headers)
         assert in_base64(KEY) not in str(websocket.response.headers)
+
+
+def test_a_prompt_may_have_options_of_its_own(chatbot, loaded):
+    with chat(chatbot) as client:
+        drawn = [
+            client.ask(STORY, temperature=1.5, seed=seed, max_new_tokens=10)[0] for seed in (7, 8)
+        ]
+    with chat(chatbot) as client:
+        text, end = client.ask(STORY, temperature=1.5, seed=7, max_new_tokens=10)
+        assert text == drawn[0] != drawn[1]
+        assert end["finish_reason"] == "length"
+    with chat(chatbot) as client:
+        text, end = client.ask(STORY, stop=["dog"])
+        story = reference(loaded, [STORY], CHAT_MAX_NEW_TOKENS)
+        assert text == story[: story.index("dog")]
+        assert end["finish_reason"] == "stop"
+        client.prompt(STORY, temperature=3)
+        detail = "temperature: Input should be less than or equal to 2"
+        assert client.receive() == {"type": "error", "detail": detail}

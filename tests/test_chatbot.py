@@ -1,8 +1,10 @@
 """chatbot.py on a real Serve: a conversation per socket, and how each one ends."""
 
+import json
+
 import pytest
 from running_bots import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
-from websockets.exceptions import ConnectionClosedError
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from serving.chat import MAX_PROMPTS_AHEAD
@@ -181,3 +183,30 @@ def test_a_prompt_that_does_not_fit_closes_the_socket_with_1009(chatbot, loaded)
             websocket.send(too_long)
             websocket.recv(timeout=HANG_S)
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1009, reason)
+
+
+def test_the_options_of_a_chat_are_in_the_query_of_its_handshake(chatbot, loaded):
+    def replies(query: str) -> list[str]:
+        with connect(f"{chatbot.ws}?{query}") as websocket:
+            return [ask(websocket, "Tell me a story about dogs.") for _ in range(2)]
+
+    sampled = "temperature=1.5&max_new_tokens=10&seed"
+    assert replies(f"{sampled}=7") == replies(f"{sampled}=7") != replies(f"{sampled}=8")
+    story = reference(loaded, ["Tell me a story about dogs."], CHAT_MAX_NEW_TOKENS)
+    assert replies("stop=dog&stop=sea")[0] == story[: story.index("dog")]
+    assert replies("max_new_tokens=3")[0] == reference(loaded, ["Tell me a story about dogs."], 3)
+
+
+@pytest.mark.parametrize("subprotocols", [None, ["chat.v1"]], ids=["plain", "chat.v1"])
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [("temperature=hot", "temperature"), ("max_new_tokens=0", "max_new_tokens"), ("a=b", "a")],
+)
+def test_a_handshake_with_a_bad_option_is_refused_with_its_name(
+    chatbot, query, field, subprotocols
+):
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"{chatbot.ws}?{query}", subprotocols=subprotocols).__enter__()
+    assert refused.value.response.status_code == 422
+    assert json.loads(refused.value.response.body)["detail"][0]["loc"] == ["query", field]
+    chatbot.gate.wait("refused", 1)

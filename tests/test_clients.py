@@ -48,7 +48,7 @@ def open_gates(bots: Bots):
         bot.gate.open()
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
 def test_the_stream_client_asks_for_a_story_about_dogs(bots: Bots, loaded, name):
     ran = run(STREAM, "--url", getattr(bots, name).http)
     story = reference(loaded, ["Tell me a story about dogs."], MAX_NEW_TOKENS)

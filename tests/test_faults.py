@@ -57,7 +57,6 @@ if INGRESS == "haproxy":
 LONG = "Tell me a story about dogs."
 SHORT = "Thank you, good night!"
 OUTCOMES = ("finished", "failed", "cancelled", "refused")
-CALLERS = {"textbot": HttpCaller, "chatbot": ChatCaller, "batchbot": HttpCaller}
 
 
 class Subject:
@@ -68,7 +67,8 @@ class Subject:
         self.limit = CHAT_MAX_NEW_TOKENS if name == "chatbot" else MAX_NEW_TOKENS
 
     def call(self, prompt: str, limit: int | None = None, **options: dict[str, str]):
-        return CALLERS[self.name](self.bot, prompt, limit, **options)
+        caller = ChatCaller if self.name == "chatbot" else HttpCaller
+        return caller(self.bot, prompt, limit, **options)
 
     def wait_for(self, **expected: int) -> None:
         """Wait until so many requests have had these outcomes, and see that there are no others."""
@@ -81,12 +81,18 @@ class Subject:
         return serve.get_app_handle(self.name)
 
 
-@pytest.fixture(params=["textbot", "chatbot", "batchbot"])
+@pytest.fixture(params=["textbot", "chatbot", "batchbot", "continuousbot"])
 def subject(request: pytest.FixtureRequest, bots: Bots) -> Subject:
     subject = Subject(request.param, getattr(bots, request.param))
     subject.handle().flush.remote().result()
     subject.gate.open()
     return subject
+
+
+# A Continuousbot has no queue before its places are taken, and a failure of the model ends it.
+one_at_a_time = pytest.mark.parametrize(
+    "subject", ["textbot", "chatbot", "batchbot"], indirect=True
+)
 
 
 @pytest.fixture
@@ -101,6 +107,7 @@ def batchbot(bots: Bots) -> Iterator[Subject]:
 WAYS = ["close", "reset", "half-close"]
 
 
+@one_at_a_time
 @pytest.mark.parametrize("way", WAYS)
 def test_a_client_that_leaves_the_queue_never_starts_the_model(subject, loaded, way):
     subject.gate.hold_after(0)
@@ -161,6 +168,7 @@ def overlooked(subject: Subject, requests: int, leaving: int = 1) -> bool:
     return True
 
 
+@one_at_a_time
 @pytest.mark.parametrize("step", [1, 4], ids=["token 0", "token 3"])
 def test_an_exception_of_the_model_fails_its_request_alone(subject, loaded, step):
     subject.gate.fail_at(step)
@@ -194,7 +202,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(subject, loaded):
 
 @pytest.mark.parametrize("tokens", [0, 3], ids=["before the first token", "in mid-reply"])
 def test_the_request_timeout_of_serve_stops_the_model(bots: Bots, loaded, tokens):
-    for name in ("textbot", "batchbot"):
+    for name in ("textbot", "batchbot", "continuousbot"):
         subject = Subject(name, getattr(bots, name))
         subject.gate.hold_after(tokens)
         caller = subject.call(LONG, headers={"X-Request-Timeout-Seconds": "1"})
@@ -415,7 +423,7 @@ def test_prompts_that_would_wait_too_long_are_told_to_try_again_later(bots: Bots
     subject.gate.release()
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
 def test_requests_over_the_limit_of_serve_are_503_with_retry_after(bots: Bots, name):
     subject = Subject(name, getattr(bots, name))
     subject.gate.hold_after(0)
@@ -437,7 +445,7 @@ def test_requests_over_the_limit_of_serve_are_503_with_retry_after(bots: Bots, n
     subject.wait_for(finished=300 - len(refused))
 
 
-@pytest.mark.parametrize("name", ["emoji_textbot", "emoji_batchbot"])
+@pytest.mark.parametrize("name", ["emoji_textbot", "emoji_batchbot", "emoji_continuousbot"])
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

@@ -23,6 +23,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from serving.encoding import PromptTooLong, encode
 from serving.loading import LoadedModel
+from serving.prompts import ReplyOptions
 from serving.wire import CHAT_V1, REFUSALS, JsonWire, Limits
 
 CHECKS = [
@@ -36,7 +37,7 @@ MAX_FRAME_BYTES = 2**24  # uvicorn's limit
 fuzz = settings(deadline=None, derandomize=True, max_examples=60)
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
 def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, name):
     bot = getattr(bots, name)
     bot.gate.open()
@@ -181,7 +182,8 @@ def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
     """What may answer a frame in chat.v1."""
     try:
         message = {"text": frame.text()} if frame.is_text else {"bytes": b""}
-        prompt = JsonWire(None, limits(loaded), []).read(message)
+        options = ReplyOptions.model_construct(max_new_tokens=CHAT_MAX_NEW_TOKENS)
+        prompt = JsonWire(None, limits(loaded), options, []).read(message)
         if prompt is None:
             return set()
         encode([user(prompt.prompt)], loaded.tokenizer, limits(loaded).room)

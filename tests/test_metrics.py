@@ -13,7 +13,12 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 REPORTED_S = 60  # Ray reports counters every few seconds
-CALLERS = {"textbot": HttpCaller, "chatbot": ChatCaller, "batchbot": HttpCaller}
+CALLERS = {
+    "textbot": HttpCaller,
+    "chatbot": ChatCaller,
+    "batchbot": HttpCaller,
+    "continuousbot": HttpCaller,
+}
 STORY = "Tell me a story about dogs."
 
 
@@ -84,6 +89,7 @@ def refuse(bot: Bot, name: str) -> None:
         ("textbot", {"bot_prompts_waiting": 2}),
         ("chatbot", {"bot_prompts_waiting": 2}),
         ("batchbot", {"bot_prompts_waiting": 2, "bot_batch_rows": 1}),
+        ("continuousbot", {"bot_prompts_waiting": 2, "bot_batch_rows": 1}),
     ],
 )
 def test_who_waits_and_who_is_in_the_batch_is_shown(bots: Bots, name, gauges):

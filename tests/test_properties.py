@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from batchbot import Batchbot, RawStreamer, Row
 from serving.encoding import MAX_BYTES_PER_TOKEN, PromptTooLong, Turn, begin, encode, tokenize
 from serving.loading import check_model
 from serving.locating import EMBEDDED
-from serving.prompts import TextRequest, parse_object
+from serving.prompts import ReplyOptions, TextRequest, parse_object
 from serving.streaming import ReplyStreamer, TokenDecoder
 from serving.wire import REFUSALS, BadFrame, JsonWire, Limits, PlainWire
 
@@ -141,33 +140,62 @@ def test_the_pieces_of_any_tokens_join_to_what_decode_says(tokenizer, data):
     assert "" not in pieces
 
 
+@property_test
+@given(data=st.data())
+def test_the_pieces_end_before_the_first_stop_string_and_show_no_part_of_it(tokenizer, data):
+    text = data.draw(st.text("ab 🐢", max_size=30))
+    stop = data.draw(st.lists(st.text("ab 🐢", min_size=1, max_size=4), max_size=3))
+    ids = ids_of(tokenizer, text)
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    expected = whole[: min([whole.index(s) for s in stop if s in whole], default=len(whole))]
+    decoder = TokenDecoder(tokenizer, stop)
+    pieces = []
+    for token in ids:
+        pieces.append(decoder.step(token))
+        assert expected.startswith("".join(pieces))
+    pieces.append(decoder.flush())
+    assert "".join(pieces) == expected
+    assert decoder.stopped == (expected != whole)
+
+
 async def stream_batch(
-    tokenizer: PreTrainedTokenizerBase, replies: list[list[int]], limits: list[int], junk: int
+    tokenizer: PreTrainedTokenizerBase, replies: list[list[int]], limits: list[int]
 ) -> list[str]:
     """What the readers of a batch get of replies that end with EOS, as `generate` writes them."""
-    rows = [Row([0, 0, 0], limit, TokenDecoder(tokenizer)) for limit in limits]
-    streamer = RawStreamer(rows)
-    config = SimpleNamespace(eos_token_id=[tokenizer.eos_token_id])
-    bot = SimpleNamespace(model=SimpleNamespace(generation_config=config))
+    rows = [
+        Row(
+            [0] * 3,
+            ReplyOptions.model_construct(max_new_tokens=limit),
+            None,
+            TokenDecoder(tokenizer),
+        )
+        for limit in limits
+    ]
+    streamer = RawStreamer(rows, [tokenizer.eos_token_id])
+    streamer.prompt_length = 3
 
     def write() -> None:
-        input_ids = torch.zeros(len(rows), 3, dtype=torch.long)
-        streamer.put(input_ids)
-        unfinished = torch.ones(len(rows), dtype=torch.bool)
-        for step in range(max(limits)):
-            tokens = [reply[step] if step < len(reply) else junk for reply in replies]
-            streamer.put(torch.tensor(tokens))
-            input_ids = torch.cat([input_ids, torch.tensor(tokens)[:, None]], dim=1)
-            unfinished &= torch.tensor(tokens) != tokenizer.eos_token_id
-            unfinished &= ~streamer(input_ids, None)
-            if not unfinished.any():
-                break
-        streamer.end()
+        running, input_ids = range(len(rows)), torch.zeros(len(rows), 3, dtype=torch.long)
+        while True:
+            streamer.put(input_ids)
+            stop = torch.zeros(len(running), dtype=torch.bool)
+            while not stop.all():
+                step = input_ids.shape[1] - 3
+                tokens = torch.tensor([replies[row][step] for row in running])
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+                stop |= streamer(input_ids, None)
+                streamer.put(tokens)
+            streamer.end()
+            if not streamer.going_on:
+                return
+            running = [running[index] for index in streamer.going_on]
+            input_ids = input_ids[streamer.going_on]
+            streamer.rows = [rows[row] for row in running]
 
     read, ended = [""] * len(rows), [False] * len(rows)
     async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
         tasks.create_task(asyncio.to_thread(write))
-        async for items in Batchbot.func_or_class.consume_streamer(bot, rows, streamer):
+        async for items in Batchbot.func_or_class.consume_streamer(None, rows, streamer):
             for number, item in enumerate(items):
                 if item is StopIteration:
                     ended[number] = True
@@ -181,11 +209,8 @@ async def stream_batch(
 
 
 @property_test
-@given(
-    rows=st.lists(st.tuples(texts, st.integers(1, 80)), min_size=1, max_size=5),
-    junk=st.integers(0, 256),
-)
-def test_each_row_of_a_batch_gets_its_own_text_up_to_its_own_limit(tokenizer, rows, junk):
+@given(rows=st.lists(st.tuples(texts, st.integers(1, 80)), min_size=1, max_size=5))
+def test_each_row_of_a_batch_gets_its_own_text_up_to_its_own_limit(tokenizer, rows):
     eos = tokenizer.eos_token_id
     replies = [[*ids_of(tokenizer, text), eos] for text, _ in rows]
     limits = [limit for _, limit in rows]
@@ -193,7 +218,7 @@ def test_each_row_of_a_batch_gets_its_own_text_up_to_its_own_limit(tokenizer, ro
         tokenizer.decode(reply[: reply.index(eos)][:limit], skip_special_tokens=True)
         for reply, limit in zip(replies, limits, strict=True)
     ]
-    assert asyncio.run(stream_batch(tokenizer, replies, limits, junk)) == expected
+    assert asyncio.run(stream_batch(tokenizer, replies, limits)) == expected
 
 
 class Socket:
@@ -207,6 +232,7 @@ class Socket:
 
 
 LIMITS = Limits(room=100, max_new_tokens=100)
+OPTIONS = ReplyOptions.model_construct(max_new_tokens=100)
 
 
 @property_test
@@ -215,7 +241,7 @@ LIMITS = Limits(room=100, max_new_tokens=100)
     chunks=st.lists(st.text(MARKER_LETTERS, max_size=4) | texts),
 )
 def test_the_marker_never_appears_as_data_and_nothing_is_lost(marker, chunks):
-    wire = PlainWire(Socket(), LIMITS, marker)
+    wire = PlainWire(Socket(), LIMITS, OPTIONS, marker)
 
     async def send() -> None:
         for chunk in chunks:
@@ -229,7 +255,7 @@ def test_the_marker_never_appears_as_data_and_nothing_is_lost(marker, chunks):
 @property_test
 @given(chunks=st.lists(texts))
 def test_text_in_json_frames_is_the_text(chunks):
-    wire = JsonWire(Socket(), LIMITS, [])
+    wire = JsonWire(Socket(), LIMITS, OPTIONS, [])
 
     async def send() -> None:
         for chunk in chunks:
@@ -246,7 +272,7 @@ def test_text_in_json_frames_is_the_text(chunks):
 @example('{"type": "stop"}')
 def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_refused(text):
     try:
-        request = JsonWire(Socket(), LIMITS, []).read({"text": text})
+        request = JsonWire(Socket(), LIMITS, OPTIONS, []).read({"text": text})
     except REFUSALS as error:
         assert str(error)
         return
@@ -262,7 +288,7 @@ def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_refused(text):
 @property_test
 @given(data=st.binary())
 def test_any_binary_frame_is_refused(data):
-    for wire in JsonWire(Socket(), LIMITS, []), PlainWire(Socket(), LIMITS, "<>"):
+    for wire in JsonWire(Socket(), LIMITS, OPTIONS, []), PlainWire(Socket(), LIMITS, OPTIONS, "<>"):
         with pytest.raises(BadFrame):
             wire.read({"bytes": data})
 

@@ -126,7 +126,7 @@ def test_a_failure_in_the_middle_breaks_the_stream_off(textbot, loaded):
     assert http_reply(textbot, "Hello!") == reference(loaded, ["Hello!"], MAX_NEW_TOKENS)
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
 @pytest.mark.parametrize(
     ("query", "field"),
     [
@@ -139,6 +139,12 @@ def test_a_failure_in_the_middle_breaks_the_stream_off(textbot, loaded):
         ({"prompt": "Hi", "max_new_tokens": str(MAX_NEW_TOKENS + 1)}, "max_new_tokens"),
         ({"prompt": "Hi", "max_tokens": "5"}, "max_tokens"),
         ({"prompt": "Hi", "max_new_tokens": True}, "max_new_tokens"),
+        ({"prompt": "Hi", "temperature": "2.5"}, "temperature"),
+        ({"prompt": "Hi", "temperature": "nan"}, "temperature"),
+        ({"prompt": "Hi", "top_p": "0"}, "top_p"),
+        ({"prompt": "Hi", "top_k": "-1"}, "top_k"),
+        ({"prompt": "Hi", "seed": "-1"}, "seed"),
+        ({"prompt": "Hi", "stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ],
 )
 def test_bad_parameters_are_a_422_that_names_the_field(bots: Bots, name, query, field):
@@ -152,7 +158,7 @@ def test_bad_parameters_are_a_422_that_names_the_field(bots: Bots, name, query, 
         assert response.headers["X-Model"] == "tiny-dialog"
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
 @pytest.mark.parametrize(
     "body", [b"Hi!", b'"Hi!"', b"[]", b"[" * 100_000, b'{"prompt": "\\ud800"}', b"\xff"]
 )
@@ -162,7 +168,7 @@ def test_a_body_that_is_no_json_object_is_a_422(bots: Bots, name, body):
     assert response.json()["detail"][0]["loc"][0] == "body"
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
 def test_a_prompt_that_does_not_fit_is_a_413_that_says_what_does(bots: Bots, name, loaded):
     room = loaded.context - MAX_NEW_TOKENS
     prompt = "word " * room
@@ -178,3 +184,34 @@ def test_a_prompt_that_does_not_fit_is_a_413_that_says_what_does(bots: Bots, nam
     assert response.status_code == 413
     assert response.json() == {"detail": "the body has more than the 4001000 bytes allowed"}
     assert response.headers["X-Model"] == "tiny-dialog"
+
+
+STORY = "Tell me a story about dogs."
+
+
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
+def test_a_seed_draws_the_same_reply_beside_others_and_alone(bots: Bots, name):
+    bot = getattr(bots, name)
+    bot.gate.open()
+
+    def ask(seed: int | None) -> str:
+        body = {"prompt": STORY, "temperature": 1.5, "max_new_tokens": 20, "seed": seed}
+        return requests.post(bot.http, json=body).text
+
+    with ThreadPoolExecutor(6) as callers:
+        beside = list(callers.map(ask, [7, 8, None, 7, None, 8]))
+    assert beside[0] == beside[3] == ask(7)
+    assert beside[1] == beside[5] == ask(8)
+    assert len(set(beside)) == 4
+
+
+@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
+def test_a_stop_string_ends_the_reply_before_it_and_frees_the_model(bots: Bots, loaded, name):
+    bot = getattr(bots, name)
+    bot.gate.open()
+    whole = reference(loaded, [STORY], MAX_NEW_TOKENS)
+    parameters = {"prompt": STORY, "stop": [whole[20:26], "dog named"]}
+    for send in ({"params": parameters}, {"json": parameters}):
+        text = requests.post(bot.http, **send).text
+        assert text == whole[: min(whole.index(stop) for stop in parameters["stop"])]
+    assert bot.gate.count("step") < 2 * 12

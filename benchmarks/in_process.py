@@ -1,0 +1,118 @@
+"""What a model gives without a server: `generate`, or continuous batching, in this process.
+
+Prints one JSON object: by number of streams, the tokens per second of all of them together.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from load import PROMPTS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from serving.continuous import start_manager
+from serving.encoding import encode
+from serving.loading import LoadedModel, load_model
+
+NEVER = "<never>"  # a token that ends a reply and that the model has no logit for
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def save_endless(source: str, folder: Path) -> None:
+    """Save a model whose replies are as long as they may be, so that all servers do the same work.
+
+    `source` is "gpt2-shape", random weights in the shape of GPT-2 124M, or a model's name.
+    """
+    if source == "gpt2-shape":
+        torch.manual_seed(0)
+        config = GPT2Config()
+        vocabulary = {f"w{number}": number for number in range(config.vocab_size)}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE)
+        model = GPT2LMHeadModel(config)
+    else:
+        _, loaded, tokenizer, _ = load_model(source)
+        # Built anew, since what was read from GGUF cannot be saved.
+        fields = loaded.config.to_dict()
+        fields.pop("quantization_config", None)
+        model = type(loaded)(type(loaded.config).from_dict(fields))
+        model.load_state_dict(loaded.state_dict())
+        tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    tokenizer.add_special_tokens({"eos_token": NEVER})
+    model.config.eos_token_id = model.config.bos_token_id = None
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prompts(loaded: LoadedModel, streams: int) -> list[list[int]]:
+    return [
+        encode(
+            [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}], loaded.tokenizer, 1000
+        )
+        for number in range(streams)
+    ]
+
+
+class Generate:
+    """One call of `generate` for all streams."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        loaded.tokenizer.padding_side = "left"
+        loaded.tokenizer.pad_token_id = loaded.model.generation_config.pad_token_id
+
+    def run(self, streams: int, tokens: int) -> None:
+        rows = {"input_ids": prompts(self.loaded, streams)}
+        inputs = self.loaded.tokenizer.pad(rows, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.loaded.model.device)
+        ids = self.loaded.model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens)
+        assert ids.shape[1] == inputs["input_ids"].shape[1] + tokens
+
+
+class Continuous:
+    """All streams added to the batch of the manager that the Continuousbot uses."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.manager = start_manager(loaded.model, loaded.context)
+
+    def run(self, streams: int, tokens: int) -> None:
+        for input_ids in prompts(self.loaded, streams):
+            self.manager.add_request(input_ids, max_new_tokens=tokens, sampler=None)
+        while streams:
+            output = self.manager.get_result(timeout=600)
+            assert output is not None and output.error is None, output
+            streams -= output.is_finished()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("way", choices=["generate", "continuous"])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--streams", type=int, nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(arguments.model, arguments.dtype)
+    runner = {"generate": Generate, "continuous": Continuous}[arguments.way](loaded)
+    runner.run(1, 4)
+    speed = {}
+    for streams in arguments.streams:
+        began = time.perf_counter()
+        runner.run(streams, arguments.tokens)
+        speed[streams] = streams * arguments.tokens / (time.perf_counter() - began)
+    print(json.dumps(speed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""A load generator: asks a server for replies and notes when each piece of text comes."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import aiohttp
+
+PROMPTS = [
+    "Tell me a story about a dog.",
+    "What should I cook tonight?",
+    "Why is the sky blue?",
+    "Write a letter to a friend who moved to another town last summer.",
+]
+
+
+@dataclass
+class Reply:
+    """What became of one request; times by time.perf_counter, in seconds."""
+
+    asked: float
+    tokens: int  # asked for; the models of a comparison never end a reply before
+    arrivals: list[float] = field(default_factory=list)  # of each piece of text
+    ended: float = 0.0
+    error: str | None = None
+
+    @property
+    def first(self) -> float:
+        return self.arrivals[0] - self.asked
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.arrivals)]
+
+
+Ask = Callable[[aiohttp.ClientSession, str, int], AsyncIterator[str]]
+
+
+def bot(url: str) -> Ask:
+    """Asks one of our bots, at the URL of its `POST /`."""
+
+    async def ask(session: aiohttp.ClientSession, prompt: str, tokens: int) -> AsyncIterator[str]:
+        body = {"prompt": prompt, "max_new_tokens": tokens}
+        async with session.post(url, json=body) as response:
+            response.raise_for_status()
+            async for chunk in response.content.iter_any():
+                yield chunk.decode(errors="replace")
+
+    return ask
+
+
+def openai(url: str, model: str) -> Ask:
+    """Asks a server that speaks OpenAI's chat completions, at the URL up to and with `/v1`."""
+
+    async def ask(session: aiohttp.ClientSession, prompt: str, tokens: int) -> AsyncIterator[str]:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        async with session.post(f"{url}/chat/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise RuntimeError(event["error"])
+                    for choice in event.get("choices", []):
+                        if text := choice["delta"].get("content"):
+                            yield text
+
+    return ask
+
+
+async def request(session: aiohttp.ClientSession, ask: Ask, prompt: str, tokens: int) -> Reply:
+    reply = Reply(time.perf_counter(), tokens)
+    try:
+        async for text in ask(session, prompt, tokens):
+            if text:
+                reply.arrivals.append(time.perf_counter())
+        if not reply.arrivals:
+            reply.error = "no text came"
+    except (aiohttp.ClientError, RuntimeError, TimeoutError) as error:
+        reply.error = f"{type(error).__name__}: {error}"
+    reply.ended = time.perf_counter()
+    return reply
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
+    )
+
+
+async def closed_loop(
+    ask: Ask, streams: int, requests_each: int, tokens: int, done: Callable[[Reply], None]
+) -> list[Reply]:
+    """So many clients at once, each of which asks again as soon as it has its reply."""
+
+    async def client(session: aiohttp.ClientSession, number: int) -> list[Reply]:
+        replies = []
+        for turn in range(requests_each):
+            prompt = PROMPTS[(number + turn) % len(PROMPTS)]
+            replies.append(await request(session, ask, prompt, tokens))
+            done(replies[-1])
+        return replies
+
+    async with _session() as session:
+        clients = [client(session, number) for number in range(streams)]
+        return [reply for replies in await asyncio.gather(*clients) for reply in replies]
+
+
+async def open_loop(
+    ask: Ask, rate: float, seconds: float, lengths: tuple[int, int], done: Callable[[Reply], None]
+) -> list[Reply]:
+    """Poisson arrivals, `rate` a second whatever becomes of them, and replies of mixed lengths.
+
+    The same arrivals and lengths (uniform on a logarithmic scale) at every call.
+    """
+    chance = random.Random(0)
+    low, high = lengths
+    pending: list[Awaitable[Reply]] = []
+    async with _session() as session, asyncio.TaskGroup() as tasks:
+        at = time.perf_counter()
+        end = at + seconds
+        while (at := at + chance.expovariate(rate)) < end:
+            tokens = round(low * (high / low) ** chance.random())
+            prompt = chance.choice(PROMPTS)
+            await asyncio.sleep(max(0.0, at - time.perf_counter()))
+            task = tasks.create_task(request(session, ask, prompt, tokens))
+            task.add_done_callback(lambda task: done(task.result()))
+            pending.append(task)
+        return list(await asyncio.gather(*pending))
+
+
+def mean_length(lengths: tuple[int, int]) -> float:
+    """Of replies whose length is uniform on a logarithmic scale."""
+    low, high = lengths
+    return sum(round(low * (high / low) ** (step / 999)) for step in range(1000)) / 1000
+
+
+def percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def summarize(replies: list[Reply]) -> dict[str, float]:
+    """Throughput in tokens a second, times in milliseconds."""
+    whole = [reply for reply in replies if reply.error is None]
+    result: dict[str, float] = {"requests": len(replies), "failures": len(replies) - len(whole)}
+    if whole:
+        seconds = max(reply.ended for reply in whole) - min(reply.asked for reply in whole)
+        result["tokens_per_s"] = sum(reply.tokens for reply in whole) / seconds
+        times = {
+            "ttft_ms": [reply.first for reply in whole],
+            "itl_ms": [gap for reply in whole for gap in reply.gaps] or [0.0],
+        }
+        for name, values in times.items():
+            for percent in (50, 95, 99, 100):
+                label = "max" if percent == 100 else f"p{percent}"
+                result[f"{name}_{label}"] = 1000 * percentile(values, percent)
+    return result

@@ -1,0 +1,106 @@
+"""continuousbot.py on a real Serve: requests join and leave a batch that goes on."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from callers import HttpCaller
+from running_bots import (
+    EMOJI_PROMPT,
+    EMOJI_REPLY,
+    MAX_NEW_TOKENS,
+    WITH_KEY,
+    Bot,
+    Bots,
+    http_reply,
+    reference,
+)
+
+PROMPTS = [
+    "Hi",
+    "Tell me a story about dogs.",
+    "What should I cook for my family tonight? They like pasta, but we had pasta yesterday and the "
+    "day before, and my sister does not eat meat, so I am a little lost and would like some help.",
+    "Thank you, good night!",
+]
+SHORT, LONG = "Thank you, good night!", "Tell me a story about dogs."
+
+
+@pytest.fixture
+def bot(bots: Bots) -> Iterator[Bot]:
+    bots.continuousbot.gate.open()
+    yield bots.continuousbot
+    bots.continuousbot.gate.release()
+
+
+def test_replies_that_are_written_together_are_what_generate_says_alone(bot, loaded):
+    prompts = PROMPTS * 3
+    with ThreadPoolExecutor(len(prompts)) as callers:
+        replies = list(callers.map(lambda prompt: http_reply(bot, prompt), prompts))
+    assert replies == [reference(loaded, [prompt], MAX_NEW_TOKENS) for prompt in prompts]
+
+
+def test_a_request_joins_the_batch_that_runs_and_ends_before_it(bot, loaded):
+    bot.gate.hold_after(3)
+    running = HttpCaller(bot, LONG)
+    running.first()
+    bot.gate.wait("step", 4)
+    joining = HttpCaller(bot, SHORT, 2)
+    bot.gate.wait("submitted", 2)
+    bot.gate.release(3)  # the 4th, and two with both
+    assert joining.outcome() == "finished"
+    assert joining.text == reference(loaded, [SHORT], 2)
+    bot.gate.wait("step", 7)
+    bot.gate.release()
+    assert running.outcome() == "finished"
+    assert running.text == reference(loaded, [LONG], MAX_NEW_TOKENS)
+
+
+def test_a_row_that_has_finished_or_was_left_costs_nothing_more(bot, loaded):
+    bot.gate.hold_after(0)
+    staying = HttpCaller(bot, LONG, 8)
+    bot.gate.wait("step", 1)
+    finishing, leaving = HttpCaller(bot, LONG, 3), HttpCaller(bot, LONG)
+    bot.gate.wait("submitted", 3)
+    bot.gate.release(4)
+    assert finishing.outcome() == "finished"
+    bot.gate.wait("step", 5)
+    leaving.leave("close")
+    bot.gate.wait("cancelled", 1)
+    bot.gate.release()
+    assert staying.outcome() == "finished"
+    prompt = len(loaded.tokenizer(LONG)["input_ids"]) + 1
+    # One prompt; one token and two prompts; two steps with three rows, one with two; three alone.
+    assert bot.gate.count("tokens") == prompt + (1 + 2 * prompt) + 2 * 3 + 2 + 3
+    bot.gate.wait("finished", 2)
+
+
+def test_emoji_and_chinese_arrive_whole(bots: Bots):
+    bot = bots.emoji_continuousbot
+    bot.gate.open()
+
+    def chunks_of(prompt: str) -> list[str]:
+        with requests.post(
+            bot.http, params={"prompt": prompt}, headers=WITH_KEY, stream=True
+        ) as response:
+            return [chunk.decode() for chunk in response.iter_content(chunk_size=None)]
+
+    with ThreadPoolExecutor(2) as callers:
+        # A prompt that is shorter by two characters has two dots before its reply.
+        replies = callers.map(chunks_of, [EMOJI_PROMPT, EMOJI_PROMPT[2:]])
+        assert ["".join(reply) for reply in replies] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
+
+
+def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_replaced(bot, loaded):
+    bot.gate.fail_at(4)
+    callers = [HttpCaller(bot, LONG), HttpCaller(bot, LONG)]
+    assert [caller.outcome() for caller in callers] == ["failed", "failed"]
+    bot.gate.wait("failed", 2)
+    bot.gate.wait("started", 1)
+    bot.gate.open()
+    for _ in range(100):  # until the ingress knows the new replica
+        caller = HttpCaller(bot, SHORT, 2)
+        if caller.outcome() == "finished":
+            break
+    assert caller.text == reference(loaded, [SHORT], 2)
