@@ -104,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype)
-    runner = {"generate": Generate, "continuous": Continuous}[arguments.way](loaded)
+    runner = (Generate if arguments.way == "generate" else Continuous)(loaded)
     runner.run(1, 4)
     speed = {}
     for streams in arguments.streams:

@@ -45,7 +45,12 @@ class BotArguments(Access):
         description="Seconds without a token after which a reply has failed and Serve replaces "
         "the replica. Must be longer than the first token of the longest prompt takes.",
     )
-    num_cpus: float = Field(default=1.0, ge=0, description="Cores that Ray reserves per replica.")
+    num_cpus: float = Field(
+        default=1.0,
+        ge=0,
+        description="Cores that Ray reserves per replica, and threads of its model. One reply at a "
+        "time gains little from a second core, a batch more.",
+    )
     num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves per replica.")
     num_replicas: PositiveInt | Literal["auto"] = Field(
         default=1, description='Copies of the bot: a number, or "auto" to follow the load.'

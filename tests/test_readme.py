@@ -47,6 +47,7 @@ def section(title: str) -> str:
         ("textbot", ["Try it", "Textbot: one prompt in, text out"]),
         ("chatbot", ["Chatbot: a conversation"]),
         ("batchbot", ["Batchbot: many prompts, one run"]),
+        ("continuousbot", ["Continuousbot: prompts join a run"]),
     ],
 )
 def test_the_bots_and_their_clients_print_what_the_readme_shows(checkout, name, titles):

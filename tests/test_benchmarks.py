@@ -1,0 +1,107 @@
+"""benchmarks/: the load is what it says, and replies are as long as they were asked to be."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import bench
+import in_process
+import pytest
+from load import Reply, bot, closed_loop, mean_length, open_loop, summarize
+from running_bots import REPOSITORY, Bots
+
+from serving.encoding import encode
+from serving.loading import load_model
+from serving.locating import EMBEDDED
+
+
+@pytest.mark.parametrize("source", [EMBEDDED, "gpt2-shape"])
+def test_an_endless_model_writes_as_many_tokens_as_it_may(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(
+        in_process, "GPT2Config", lambda: in_process.GPT2LMHeadModel.config_class(n_layer=1)
+    )
+    in_process.save_endless(source, tmp_path)
+    loaded = load_model(str(tmp_path))
+    for way in (in_process.Generate, in_process.Continuous):
+        way(loaded).run(3, 150)  # asserts that so many came, or waits for them
+    text = [{"role": "user", "content": "Thank you, good night!"}]
+    assert encode(text, loaded.tokenizer, 100)
+
+
+def test_the_closed_loop_asks_as_often_as_it_is_told_to(bots: Bots):
+    bots.continuousbot.gate.open()
+    done: list[Reply] = []
+    replies = asyncio.run(closed_loop(bot(bots.continuousbot.http), 3, 2, 4, done.append))
+    assert len(replies) == len(done) == 6
+    summary = summarize(replies)
+    assert (summary["requests"], summary["failures"]) == (6, 0)
+    assert 0 < summary["ttft_ms_p50"] <= summary["ttft_ms_p95"] <= summary["ttft_ms_max"]
+
+
+def test_the_open_loop_comes_at_its_rate_with_mixed_lengths(bots: Bots):
+    bots.continuousbot.gate.open()
+    ask = bot(bots.continuousbot.http)
+    replies = asyncio.run(open_loop(ask, 20, 2, (2, 16), lambda reply: None))
+    assert 20 <= len(replies) <= 60
+    assert {reply.error for reply in replies} == {None}
+    lengths = [reply.tokens for reply in replies]
+    assert min(lengths) >= 2 and max(lengths) <= 16 and len(set(lengths)) > 4
+    assert mean_length((8, 8)) == 8
+
+
+def test_a_failure_is_counted_and_not_timed(bots: Bots):
+    bots.textbot.gate.fail_at(3)
+    replies = asyncio.run(closed_loop(bot(bots.textbot.http), 1, 1, 8, lambda reply: None))
+    assert summarize(replies) == {"requests": 1, "failures": 1}
+    assert replies[0].error is not None
+
+
+def test_the_load_command_prints_a_summary(bots: Bots):
+    bots.batchbot.gate.open()
+    command = [sys.executable, "benchmarks/bench.py", "load", bots.batchbot.http, "--tokens", "4"]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    printed = dict(line.split() for line in ran.stdout.splitlines())
+    assert (printed["requests"], printed["failures"]) == ("16.0", "0.0")
+    assert "16 replies" in ran.stderr  # progress
+
+
+def test_the_report_has_a_table_a_plot_and_the_numbers(tmp_path):
+    times = {f"{kind}_ms_{at}": 5.0 for kind in ("ttft", "itl") for at in ("p50", "p95", "p99")}
+    served = {"tokens_per_s": 80.0, "failures": 1, "requests": 4, **times}
+    result = {
+        "date": "2026-01-02",
+        "machine": "m",
+        "versions": {"ray": "1"},
+        "options": {
+            "model": "m",
+            "dtype": "d",
+            "tokens": 8,
+            "cpus": 2,
+            "rounds": 1,
+            "streams": [1, 4],
+        },
+        "rounds": {
+            "generate in process": [{n: {"tokens_per_s": 100.0, "failures": 0} for n in (1, 4)}],
+            "textbot": [{n: served for n in (1, 4)}],
+        },
+        "arrivals": {"requests_per_s": 2.0, "of": "batchbot", "textbot": served},
+    }
+    bench.write_report(result, tmp_path)
+    table = (tmp_path / "results.md").read_text()
+    assert "| textbot | 80 (0.80), 5 ms, 1 failed | 80 (0.80), 5 ms, 1 failed |" in table
+    assert "| textbot | 4 | 1 | 5 ms |" in table
+    assert json.loads((tmp_path / "results.json").read_text())["date"] == "2026-01-02"
+    assert (tmp_path / "results.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_committed_table_and_plot_are_of_the_committed_numbers(tmp_path):
+    results: Path = REPOSITORY / "benchmarks" / "results"
+    for numbers in results.glob("*/results.json"):
+        result = json.loads(numbers.read_text())
+        for rounds in result["rounds"].values():
+            rounds[:] = [{int(count): row for count, row in one.items()} for one in rounds]
+        bench.write_report(result, tmp_path)
+        assert (tmp_path / "results.md").read_text() == (numbers.parent / "results.md").read_text()
