@@ -36,7 +36,11 @@ from load import Ask, Reply, bot, closed_loop, mean_length, open_loop, openai, s
 
 REPOSITORY = Path(__file__).parent.parent
 LENGTHS = (8, 256)  # tokens of a reply in the arrival test
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+SETTINGS = {
+    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    # Ray's workers at the priority of its daemons, and a controller that looks around less often.
+    "calm": {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"},
+}
 START_S = 300  # a server may take to start
 
 
@@ -83,15 +87,16 @@ def answers(url: str) -> bool:
 
 
 def our_bot(name: str, model: Path, dtype: str, cpus: int) -> Server:
-    """`textbot`, or `textbot+haproxy` for the other ingress."""
-    module, _, ingress = name.partition("+")
+    """`textbot`, or with some of the SETTINGS, as `textbot+haproxy+calm`."""
+    module, *settings = name.split("+")
+    environment = {key: value for name in settings for key, value in SETTINGS[name].items()}
     options = [f"model={model}", f"dtype={dtype}", f"num_cpus={cpus}"]
     return Server(
         name,
         ["serve", "run", f"{module}:build", *options],
         bot("http://127.0.0.1:8000/"),
         "http://127.0.0.1:8000/",
-        HAPROXY if ingress == "haproxy" else {},
+        environment,
     )
 
 
@@ -185,8 +190,8 @@ SAVE = "import sys; from in_process import *; save_endless(sys.argv[1], Path(sys
 def measure_arrivals(
     servers: list[Server], rounds: dict[str, list[Any]], log: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Poisson arrivals at 70 % of the best throughput of the first server that batches."""
-    batching = [server for server in servers if not server.name.startswith("textbot")]
+    """Poisson arrivals at 70 % of the best throughput of the first bot that batches."""
+    batching = [server for server in servers if server.name in ("batchbot", "continuousbot")]
     if not batching:
         return {}
     capacity = max(
