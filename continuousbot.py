@@ -50,15 +50,13 @@ class Continuousbot:
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
     ) -> None:
-        self.model_name, self.model, self.tokenizer, self.context = load_model(
-            model, dtype, fallback
-        )
-        self.max_new_tokens = reply_limit(max_new_tokens, self.context)
+        self.model_name, self.model, self.tokenizer, context = load_model(model, dtype, fallback)
+        self.metrics = BotMetrics()
+        self.batch = ContinuousBatch(self.model, context, stall_timeout_s, self.metrics)
+        self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
-        self.metrics = BotMetrics()
-        self.batch = ContinuousBatch(self.model, self.context, stall_timeout_s, self.metrics)
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.post("/", **PROMPT_ROUTE)
@@ -68,7 +66,7 @@ class Continuousbot:
         """Add the prompt to the batch; return its stream when the first text is there."""
         streamer = ReplyStreamer(self.tokenizer, request.stop)
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        room = self.context - request.max_new_tokens
+        room = self.batch.context - request.max_new_tokens
         input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
         self.generate_text(input_ids, request, streamer)
         return await TextStream.start(self.consume_streamer(streamer))

@@ -56,6 +56,8 @@ class Server:
 
     @contextmanager
     def running(self, log: Path) -> Iterator[psutil.Process]:
+        if answers(self.ready):
+            raise SystemExit(f"something else answers at {self.ready} already")
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | self.environment
         with log.open("a") as output:
             process = subprocess.Popen(
@@ -335,6 +337,8 @@ def main() -> None:
     many.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results")
 
     options = parser.parse_args()
+    # A shell has its background jobs ignore Ctrl-C, and so would the servers, which end by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options.run(options)
 
 

@@ -1,13 +1,16 @@
 """What a model gives without a server: `generate`, or continuous batching, in this process.
 
-Prints one JSON object: by number of streams, the tokens per second of all of them together.
+Prints one JSON object: by number of streams, the tokens per second of all of them together. Or, for
+`cost`, the microseconds that our own code takes for a token, early and late in a reply.
 """
 
 import argparse
+import asyncio
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -16,9 +19,10 @@ from load import PROMPTS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from serving.continuous import start_manager
 from serving.encoding import encode
 from serving.loading import LoadedModel, load_model
+from serving.paging import start_manager
+from serving.streaming import ReplyStreamer
 
 NEVER = "<never>"  # a token that ends a reply and that the model has no logit for
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -93,17 +97,64 @@ class Continuous:
             streams -= output.is_finished()
 
 
+class Timed(ReplyStreamer):
+    """Notes the seconds that it takes from the model's thread."""
+
+    taken = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        began = time.thread_time()
+        super().put(value)
+        self.taken += time.thread_time() - began
+
+    def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        began = time.thread_time()
+        stop = super().__call__(*arguments, **options)
+        self.taken += time.thread_time() - began
+        return stop
+
+
+async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str, float]:
+    """Microseconds per token, in the model's thread and on the event loop, for each window."""
+    streamer, marks = Timed(loaded.tokenizer), {}
+    input_ids = torch.tensor(prompts(loaded, 1))
+
+    def generate() -> None:
+        loaded.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=windows[-1].stop + 1,
+            streamer=streamer,
+            stopping_criteria=[streamer],
+        )
+
+    running = asyncio.create_task(asyncio.to_thread(generate))
+    async for _ in streamer:
+        marks[len(streamer.token_times)] = streamer.taken + time.thread_time()
+    await running
+    return {
+        f"tokens {window.start} to {window.stop}": 1e6
+        * (marks[window.stop] - marks[window.start])
+        / len(window)
+        for window in windows
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("way", choices=["generate", "continuous"])
+    parser.add_argument("way", choices=["generate", "continuous", "cost"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--streams", type=int, nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype)
+    if arguments.way == "cost":
+        windows = [range(10, 90), range(860, 940)]
+        print(json.dumps(asyncio.run(cost_of_tokens(loaded, windows))))
+        return
     runner = (Generate if arguments.way == "generate" else Continuous)(loaded)
     runner.run(1, 4)
     speed = {}

@@ -2,31 +2,16 @@
 
 import asyncio
 import logging
-import threading
 import time
-from typing import Any, ClassVar
 
-import torch
-from transformers import ContinuousBatchingConfig, LogitsProcessorList, PreTrainedModel
-from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import (
-    FutureRequestState,
-    GenerationOutput,
-)
+from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import ModelStalled
-from serving.sampling import Sampler, SampleRows
+from serving.paging import PAGE_SIZE, start_manager
+from serving.sampling import Sampler
 from serving.streaming import ReplyStreamer
-
-MAX_ROWS = 32  # replies at once
-TOKENS_PER_ROW = 256  # of the cache, if all rows are taken; one reply alone may have the context
-PAGE_SIZE = 32  # tokens
-MAX_STEP_TOKENS = 256  # of prompts in one step: longer ones hold up the others no longer than that
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,6 +40,8 @@ class ContinuousBatch:
         self.watched = False
         self.error: Exception | None = None
         self.manager = start_manager(model, context)
+        # A prompt and its reply must fit the cache.
+        self.context = min(context, self.manager.continuous_batching_config.num_blocks * PAGE_SIZE)
 
     def add(
         self,
@@ -101,7 +88,7 @@ class ContinuousBatch:
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
         """Called with all tokens of a reply so far, whenever there is one more."""
-        if streamer not in self.streamers or streamer.finished:
+        if streamer not in self.streamers or streamer.decoder.stopped:
             return
         self.progress = time.monotonic()
         self.waiting.discard(streamer)
@@ -138,54 +125,3 @@ class ContinuousBatch:
             logger.error(f"{error}; Serve will replace this replica")
             for streamer in self.streamers:
                 streamer.fail(error)
-
-
-def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingManager:
-    """Start the thread that runs the model for all requests that are added."""
-    config = ContinuousBatchingConfig(
-        page_size=PAGE_SIZE,
-        max_batch_tokens=MAX_STEP_TOKENS,
-        max_requests_per_batch=MAX_ROWS,
-        allow_block_sharing=False,  # between prompts that begin alike: short ones gain nothing
-    )
-    if model.device.type == "cpu":
-        # By default it would take most of the memory, and each step would cost accordingly.
-        config.num_blocks = -(-max(context, MAX_ROWS * TOKENS_PER_ROW) // PAGE_SIZE)
-    manager = model.init_continuous_batching(continuous_batching_config=config)
-    manager.logit_processor = ContinuousBatchingLogitsProcessorList(
-        LogitsProcessorList([SampleRequests()])
-    )
-    manager.logit_processor.tensors_required = 1
-    # The thread inherits `daemon` from the one that starts it; the process must not wait for it.
-    starter = threading.Thread(target=manager.start, daemon=True)
-    starter.start()
-    starter.join()
-    return manager
-
-
-class SampleRequests(ContinuousBatchingLogitsProcessor):
-    """Lets each request have a `sampler`; None takes the most likely token.
-
-    The processors that come with the manager sort the whole vocabulary for every row, also for
-    those that want the most likely token, and draw with torch's global generator.
-    """
-
-    supported_kwargs: ClassVar[dict[str, Any]] = {"sampler": (Sampler, type(None))}
-    ignored_kwargs = ()
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(
-        self, requests_with_new_token: list[FutureRequestState]
-    ) -> torch.Tensor:
-        """Called before each step, with the requests in the order of their logits."""
-        samplers = [
-            request.state.logit_processor_kwargs["sampler"] for request in requests_with_new_token
-        ]
-        self.rows = SampleRows(samplers)
-        return torch.zeros(len(samplers), dtype=torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Scores of shape (requests, vocabulary size)."""
-        return self.rows(None, scores)
