@@ -1,0 +1,101 @@
+"""The ContinuousBatchingManager of transformers, sized for a replica, with samplers of our own."""
+
+import threading
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from transformers import ContinuousBatchingConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.utils import (
+    find_head_dim,
+    find_num_key_value_heads,
+)
+
+from serving.sampling import Sampler, SampleRows
+
+MAX_ROWS = 32  # replies at once
+TOKENS_PER_ROW = 256  # of the cache, if all rows are taken; one reply alone may have the context
+PAGE_SIZE = 32  # tokens
+MAX_STEP_TOKENS = 256  # of prompts in one step: longer ones hold up the others no longer than that
+
+
+def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingManager:
+    """Start the thread that runs the model for all requests that are added.
+
+    Raises MemoryError if the cache does not fit, ValueError for a model that cannot be batched so.
+    """
+    config = ContinuousBatchingConfig(
+        page_size=PAGE_SIZE,
+        max_batch_tokens=MAX_STEP_TOKENS,
+        max_requests_per_batch=MAX_ROWS,
+        allow_block_sharing=False,  # between prompts that begin alike: short ones gain nothing
+    )
+    if model.device.type == "cpu":
+        # By default it would take most of the memory, and each step would cost accordingly.
+        free = psutil.virtual_memory().available // 2 // bytes_per_token(model)
+        tokens = min(max(context, MAX_ROWS * TOKENS_PER_ROW), free)
+        config.num_blocks = max(1, tokens // PAGE_SIZE)
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    manager.logit_processor = ContinuousBatchingLogitsProcessorList(
+        LogitsProcessorList([SampleRequests()])
+    )
+    manager.logit_processor.tensors_required = 1
+    problems: list[Exception] = []
+
+    def start() -> None:
+        try:
+            manager.warmup()  # allocates the cache
+            manager.start()
+        except Exception as problem:
+            problems.append(problem)
+
+    # Not in this thread: the manager's inherits `daemon` from the one that starts it, and the
+    # process must not wait for it. And a thread that has computed keeps its OpenMP threads, with
+    # which those of the manager's would have to share the cores.
+    starter = threading.Thread(target=start, daemon=True)
+    starter.start()
+    starter.join()
+    if problems:
+        raise problems[0]
+    return manager
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """What the keys and values of one token take in the cache."""
+    config = model.config.get_text_config()
+    width = find_num_key_value_heads(config) * find_head_dim(config)
+    return 2 * config.num_hidden_layers * width * model.dtype.itemsize
+
+
+class SampleRequests(ContinuousBatchingLogitsProcessor):
+    """Lets each request have a `sampler`; None takes the most likely token.
+
+    The processors that come with the manager sort the whole vocabulary for every row, also for
+    those that want the most likely token, and draw with torch's global generator.
+    """
+
+    supported_kwargs: ClassVar[dict[str, Any]] = {"sampler": (Sampler, type(None))}
+    ignored_kwargs = ()
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(
+        self, requests_with_new_token: list[FutureRequestState]
+    ) -> torch.Tensor:
+        """Called before each step, with the requests in the order of their logits."""
+        samplers = [
+            request.state.logit_processor_kwargs["sampler"] for request in requests_with_new_token
+        ]
+        self.rows = SampleRows(samplers)
+        return torch.zeros(len(samplers), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        """Scores of shape (requests, vocabulary size)."""
+        return self.rows(None, scores)
