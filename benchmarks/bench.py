@@ -67,7 +67,8 @@ class Server:
             deadline = time.monotonic() + START_S
             while not answers(self.ready):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{self.name} does not start, see {log}")
+                    lines = log.read_text(errors="replace").splitlines()[-20:]
+                    raise SystemExit("\n".join([*lines, f"{self.name} does not start"]))
                 time.sleep(0.5)
             yield psutil.Process(process.pid)
         finally:
