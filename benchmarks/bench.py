@@ -55,7 +55,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def running(self, log: Path) -> Iterator[psutil.Process]:
+    def running(self, log: Path) -> Iterator[None]:
         if answers(self.ready):
             raise SystemExit(f"something else answers at {self.ready} already")
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | self.environment
@@ -70,7 +70,7 @@ class Server:
                     lines = log.read_text(errors="replace").splitlines()[-20:]
                     raise SystemExit("\n".join([*lines, f"{self.name} does not start"]))
                 time.sleep(0.5)
-            yield psutil.Process(process.pid)
+            yield
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -129,12 +129,16 @@ def ignore(reply: Reply) -> None:
     pass
 
 
-def memory_mb(parent: psutil.Process) -> float | None:
-    """Anonymous memory of the replica (RssAnon)."""
-    for process in parent.children(recursive=True) + list(psutil.process_iter()):
-        if "ServeReplica" in process.name() or "ServeReplica" in "".join(process.cmdline()):
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+def memory_mb() -> float | None:
+    """Anonymous memory of the replica that runs (RssAnon)."""
+    for process in psutil.process_iter():
+        try:
+            if "ServeReplica" in "".join(process.cmdline()):
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                used = next(line for line in lines if line.startswith("RssAnon"))
+                return int(used.split()[1]) / 1024
+        except (psutil.Error, OSError):  # it has ended meanwhile
+            continue
     return None
 
 
@@ -164,9 +168,9 @@ def compare(options: argparse.Namespace) -> None:
             for way in ("generate", "continuous"):
                 rounds.setdefault(f"{way} in process", []).append(in_process(way, model, options))
             for server in servers:
-                with server.running(log) as process:
+                with server.running(log):
                     measured = measure_streams(server, options.streams, options.tokens)
-                    memory[server.name] = memory_mb(process)
+                    memory[server.name] = memory_mb()
                 rounds.setdefault(server.name, []).append(measured)
         arrivals = measure_arrivals(servers, rounds, log, options) if options.arrivals else {}
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**20
