@@ -16,10 +16,10 @@ from transformers import AsyncTextIteratorStreamer, PreTrainedTokenizerBase, Sto
 class TokenDecoder:
     """Turns the token ids of one reply into text, whole characters at a time.
 
-    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, up to the first of the
-    `stop` strings, which ends the reply and is not part of it. An emoji or a Chinese character is
-    often several tokens; its first ones give "" and its last one the whole. What may be the
-    beginning of a stop string is held back as well.
+    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, up to the `stop`
+    string that is complete first, which ends the reply and is not part of it. An emoji or a
+    Chinese character is often several tokens; its first ones give "" and its last one the whole.
+    What may be the beginning of a stop string is held back as well.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -54,10 +54,10 @@ class TokenDecoder:
         if self.stopped:
             return ""
         text, self.held = self.held + text, ""
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]  # the one that was complete first
         longest = max(map(len, self.stop), default=0)
         for at in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[at:]) for stop in self.stop):
