@@ -25,7 +25,7 @@ from serving.openapi import PROMPT_ROUTE
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.sampling import Sampler, SampleRows
-from serving.streaming import TokenDecoder
+from serving.streaming import SECONDS_PER_CHUNK, Handover, TokenDecoder
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,6 +33,9 @@ fastapi_app = FastAPI(title="Batchbot", **HTTP)
 
 # Of one row: text, "" if there is none yet, an error that concerns it alone, or its end.
 Item = str | Exception | type[StopIteration]
+
+# Of the rows that `generate` runs with: when their tokens came, by time.monotonic, and the tokens.
+Step = tuple[float, dict["Row", int]]
 
 
 @dataclass(eq=False)
@@ -46,6 +49,7 @@ class Row:
     asked: float = field(default_factory=time.monotonic)
     token_times: list[float] = field(default_factory=list)
     finished: bool = False
+    error: Exception | None = None  # that finished it, and concerns it alone
     cancelled: bool = False  # its client has left
 
     def ends(self, token: int, generated: int, end_tokens: list[int]) -> bool:
@@ -53,18 +57,21 @@ class Row:
         long_enough = generated >= self.options.max_new_tokens
         return long_enough or token in end_tokens or self.decoder.stopped or self.cancelled
 
-    def add(self, token: int, end_tokens: list[int]) -> str | Exception:
-        """The text that a token completes, "" if it completes none or the row has finished."""
-        if self.finished:
-            return ""
-        self.token_times.append(time.monotonic())
-        try:
-            text = self.decoder.step(token)
-            self.finished = self.ends(token, len(self.token_times), end_tokens)
-            return text + self.decoder.flush() if self.finished else text
-        except Exception as error:  # concerns this row alone
-            self.finished = self.cancelled = True
-            return error
+    def add(self, steps: list[Step], end_tokens: list[int]) -> str:
+        """The text that the steps' tokens complete, which may be none."""
+        text = ""
+        for at, tokens in steps:
+            if self.finished or (token := tokens.get(self)) is None:
+                break
+            self.token_times.append(at)
+            try:
+                text += self.decoder.step(token)
+                self.finished = self.ends(token, len(self.token_times), end_tokens)
+                text += self.decoder.flush() if self.finished else ""
+            except Exception as error:
+                self.error = error
+                self.finished = self.cancelled = True
+        return text
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
@@ -72,8 +79,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
 
     The streamers of transformers take one row. Pass this one to `generate` twice, as `streamer`
     and in `stopping_criteria`: it stops `generate` for all rows as soon as one has ended, to be
-    called again with the rows that are `going_on`. Read it with `async for`: each step's tokens,
-    by row.
+    called again with the rows that are `going_on`. Its `steps` are read on the event loop.
     """
 
     def __init__(self, rows: list[Row], end_tokens: list[int]) -> None:
@@ -82,14 +88,13 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         self.prompt_length = 0
         self.going_on: list[int] = []  # which of the rows
         self.progress = 0.0  # when the last step was done, by time.monotonic
-        self.loop = asyncio.get_running_loop()
-        self.steps: asyncio.Queue[dict[Row, int] | Exception | None] = asyncio.Queue()
+        self.steps: Handover[Step] = Handover(SECONDS_PER_CHUNK * (len(rows) - 1))
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompts, shape (rows, length), and then one token per row, shape (rows,)."""
         if value.dim() == 1:
             self.progress = time.monotonic()
-            self._send(dict(zip(self.rows, value.tolist(), strict=True)))
+            self.steps.put((self.progress, dict(zip(self.rows, value.tolist(), strict=True))))
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether to stop, shape (rows,): asked by `generate` after each step."""
@@ -102,11 +107,11 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     def end(self) -> None:
         """`generate` has stopped: the end of the stream, unless rows go on."""
         if not self.going_on:
-            self._send(None)
+            self.steps.end()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an exception, raised where it is read."""
-        self._send(error)
+        self.steps.end(error)
 
     def cancel(self) -> None:
         """Stop `generate` at its next step, or before its first."""
@@ -116,15 +121,6 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     @property
     def unread(self) -> bool:
         return all(row.cancelled for row in self.rows)
-
-    def _send(self, item: dict[Row, int] | Exception | None) -> None:
-        self.loop.call_soon_threadsafe(self.steps.put_nowait, item)
-
-    async def __aiter__(self) -> AsyncGenerator[dict[Row, int]]:
-        while (step := await self.steps.get()) is not None:
-            if isinstance(step, Exception):
-                raise step
-            yield step
 
 
 # One batch generates at a time; the prompts of the next gather meanwhile. With batches of 16, a
@@ -251,14 +247,12 @@ class Batchbot:
     async def consume_streamer(
         self, rows: list[Row], streamer: RawStreamer
     ) -> AsyncGenerator[list[Item]]:
-        """Yield a list of one item per row at each step; a row ends with StopIteration."""
-        async for tokens in streamer:
+        """Yield lists of one item per row; the last of a row is StopIteration, or its error."""
+        async for steps in streamer.steps:
             running = [row for row in rows if not row.finished]
-            yield [
-                row.add(tokens[row], streamer.end_tokens) if row in tokens else "" for row in rows
-            ]
+            yield [row.add(steps, streamer.end_tokens) for row in rows]
             if any(row.finished for row in running):  # their responses close now
-                yield [StopIteration if row.finished else "" for row in rows]
+                yield [(row.error or StopIteration) if row.finished else "" for row in rows]
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""

@@ -1,16 +1,84 @@
 """Text from the model's thread to the event loop: decoded, handed over, stopped, failed.
 
 `model.generate` runs in a thread and calls its streamer once for each token; a coroutine reads
-the streamer on the event loop. Nobody polls: each piece of text wakes the loop once.
+the streamer on the event loop. Nobody polls: what is new wakes the loop.
 """
 
+import asyncio
 import time
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import suppress
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import AsyncTextIteratorStreamer, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+# What a chunk of a response takes Serve and its proxy, more than a token takes a small model, is
+# 0.8 ms of two cores. So from one chunk of a reply to its next, this passes at least for every
+# other reply that is written at once: the tokens of a quick model travel together, of a slow one
+# each alone.
+SECONDS_PER_CHUNK = 0.004
+
+Item = TypeVar("Item")
+
+
+class End(NamedTuple):
+    error: Exception | None
+
+
+class Handover(Generic[Item]):
+    """Takes items in any thread, gives them to one reader on the event loop, in order.
+
+    Read it with `async for`: a list of all items that are there. The first one comes at once, each
+    further one `pace` seconds after the one before or later, and the end at once. Must be created
+    on the event loop.
+    """
+
+    def __init__(self, pace: float = 0.0) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.pace = pace
+        self.read = float("-inf")  # when it was last, by time.monotonic
+        self.items: deque[Item | End] = deque()
+        self.arrived = asyncio.Event()
+        self.announced = False  # `arrived` is set, or will be
+        self.ended = asyncio.Event()
+
+    def put(self, item: Item) -> None:
+        self.items.append(item)
+        if not self.announced:
+            self.announced = True
+            self.loop.call_soon_threadsafe(self.arrived.set)
+
+    def end(self, error: Exception | None = None) -> None:
+        """What is put after this is not read; `error` is raised where it is read."""
+        self.items.append(End(error))
+        self.loop.call_soon_threadsafe(self.arrived.set)
+        self.loop.call_soon_threadsafe(self.ended.set)
+
+    def __aiter__(self) -> "Handover[Item]":
+        return self
+
+    async def __anext__(self) -> list[Item]:
+        while not self.items:
+            await self.arrived.wait()
+            self.arrived.clear()
+            self.announced = False
+        if (early := self.read + self.pace - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), early)
+        self.read = time.monotonic()
+        ready: list[Item] = []
+        while self.items:
+            if isinstance(item := self.items[0], End):
+                if ready:
+                    break  # the end comes next
+                raise item.error or StopAsyncIteration
+            ready.append(item)
+            self.items.popleft()
+        return ready
 
 
 class TokenDecoder:
@@ -81,17 +149,17 @@ class TokenDecoder:
         return text[self.decoded :]
 
 
-class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
+class ReplyStreamer(BaseStreamer, StoppingCriteria):
     """The text of one reply: written by `generate` in its thread, read with `async for`.
 
-    Pass it to `generate` twice, as `streamer` and in `stopping_criteria`. It adds to the streamer
-    of transformers what that lacks: text leaves as soon as a token completes it instead of at the
+    Pass it to `generate` twice, as `streamer` and in `stopping_criteria`. It has what the
+    streamers of transformers lack: text leaves as soon as a token completes it instead of at the
     next space, a failure reaches the reader (`fail`), a reader who leaves stops the model
     (`cancel`), and so does one of the `stop` strings. Must be created on the event loop.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        super().__init__(tokenizer)
+        self.text: Handover[str] = Handover()
         self.decoder = TokenDecoder(tokenizer, stop)
         self.asked = time.monotonic()
         self.token_times: list[float] = []
@@ -129,13 +197,13 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
         """Take one token."""
         self.token_times.append(time.monotonic())
         if text := self.decoder.step(token):
-            self._send(text)
+            self.text.put(text)
 
     def end(self) -> None:
         """The reply is complete."""
         if text := self.decoder.flush():
-            self._send(text)
-        self._send(self.stop_signal)
+            self.text.put(text)
+        self.text.end()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether to stop, shape (1,): asked by `generate` after each token."""
@@ -144,27 +212,19 @@ class ReplyStreamer(AsyncTextIteratorStreamer, StoppingCriteria):
 
     # Called on the event loop
 
-    async def __anext__(self) -> str:
-        try:
-            text = await super().__anext__()
-        except StopAsyncIteration:
-            self.finished = True
-            raise
-        if isinstance(text, Exception):
-            raise text
-        return text
+    async def __aiter__(self) -> AsyncGenerator[str]:
+        async for texts in self.text:
+            yield "".join(texts)
+        self.finished = True
 
     # Called in both
 
     def fail(self, error: Exception) -> None:
         """End the stream with an exception, raised where it is read."""
-        self._send(error)
+        self.text.end(error)
 
     def cancel(self) -> None:
         """Stop `generate` at its next token, or before its first; what is read ends here."""
         if not self.finished:
             self.cancelled = True
-            self._send(self.stop_signal)
-
-    def _send(self, item: str | Exception | None) -> None:
-        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, item)
+            self.text.end()

@@ -18,7 +18,7 @@ TOKENIZER = byte_tokenizer(512)
 
 
 def say(text: str, streamer: ReplyStreamer) -> None:
-    streamer._send(text)
+    streamer.text.put(text)
     streamer.end()
 
 

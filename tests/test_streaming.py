@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import threading
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from serving.loading import LoadedModel, load_model
 from serving.model_thread import ModelThread
-from serving.streaming import ReplyStreamer, TokenDecoder
+from serving.streaming import Handover, ReplyStreamer, TokenDecoder
+
+HANG_S = 60
 
 
 @pytest.fixture
@@ -54,14 +58,70 @@ def test_pieces_of_any_tokens_join_to_what_decode_says():
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+class AwaitedStreamer(ReplyStreamer):
+    """Holds the model until its text is read."""
+
+    def add(self, token: int) -> None:
+        before = self.decoder.decoded
+        super().add(token)
+        if self.decoder.decoded > before:
+            assert self.taken.acquire(timeout=HANG_S)
+
+    async def __aiter__(self) -> AsyncGenerator[str]:
+        self.taken = threading.Semaphore(0)
+        async for text in super().__aiter__():
+            yield text
+            self.taken.release()
+
+
 def test_each_token_of_a_letter_is_text_at_once(emoji):
     async def read() -> list[str]:
-        streamer = ReplyStreamer(emoji.tokenizer)
+        streamer = AwaitedStreamer(emoji.tokenizer)
         ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
+        texts = aiter(streamer)
+        first = asyncio.ensure_future(anext(texts))
+        await asyncio.sleep(0)  # it reads
         ModelThread().submit(streamer, generate, emoji.model, ids, 200)
-        return [text async for text in streamer]
+        return [await first, *[text async for text in texts]]
 
     assert asyncio.run(read()) == list(EMOJI_REPLY)
+
+
+def test_what_is_there_when_the_reader_comes_travels_together_and_the_end_alone():
+    async def read() -> list[list[int]]:
+        numbers: Handover[int] = Handover()
+        await asyncio.to_thread(lambda: [numbers.put(1), numbers.put(2), numbers.end()])
+        return [some async for some in numbers]
+
+    assert asyncio.run(read()) == [[1, 2]]
+
+
+def test_what_came_before_a_failure_is_read_before_it():
+    async def read() -> None:
+        numbers: Handover[int] = Handover()
+        numbers.put(1)
+        numbers.end(MemoryError("too much"))
+        assert await anext(numbers) == [1]
+        await anext(numbers)
+
+    with pytest.raises(MemoryError, match="too much"):
+        asyncio.run(read())
+
+
+def test_a_paced_handover_gives_its_first_items_and_its_end_at_once():
+    async def read() -> None:
+        numbers: Handover[int] = Handover(pace=1000 * HANG_S)
+        numbers.put(1)
+        assert await anext(numbers) == [1]
+        numbers.put(2)
+        following = asyncio.ensure_future(anext(numbers))
+        await asyncio.sleep(0)  # it reads
+        await asyncio.to_thread(numbers.put, 3)
+        await asyncio.to_thread(numbers.end)
+        assert await following == [2, 3]
+        assert await anext(numbers, None) is None
+
+    asyncio.run(asyncio.wait_for(read(), HANG_S))
 
 
 def test_a_reply_cut_inside_a_character_says_what_decode_says(emoji):
