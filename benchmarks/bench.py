@@ -4,9 +4,9 @@
     bench.py load http://localhost:8001/v1 --openai NAME     any server that speaks OpenAI's API
     bench.py compare --model gpt2-shape --dtype bfloat16     a set, interleaved, in one run
 
-`compare` starts one server after the other, alone on the machine, and measures each at all numbers
-of streams; then all of that again, so that a machine that grows slower does so for all. Needs port
-8000 and the extra `bench`.
+`compare` starts one server after the other, alone on the machine. Before each measurement the
+server is stopped for a moment, and `generate` measured in its place, so that a machine that grows
+slower does so for both. Needs port 8000 and the extra `bench`.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -42,6 +42,9 @@ SETTINGS = {
     "calm": {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"},
 }
 START_S = 300  # a server may take to start
+GENERATE = "`generate` in process"
+CONTINUOUS = "continuous batching in process"
+SETTLE_S = 1  # until a server that was stopped has noticed what it missed
 
 
 @dataclass
@@ -55,7 +58,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def running(self, log: Path) -> Iterator[None]:
+    def running(self, log: Path) -> Iterator[psutil.Process]:
         if answers(self.ready):
             raise SystemExit(f"something else answers at {self.ready} already")
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | self.environment
@@ -70,13 +73,62 @@ class Server:
                     lines = log.read_text(errors="replace").splitlines()[-20:]
                     raise SystemExit("\n".join([*lines, f"{self.name} does not start"]))
                 time.sleep(0.5)
-            yield
+            yield psutil.Process(process.pid)
         finally:
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+            while answers(self.ready):  # HAProxy takes half a minute more
+                time.sleep(0.5)
+
+
+@contextmanager
+def stopped(server: psutil.Process) -> Iterator[None]:
+    """Keep a server and all that it has started from running meanwhile."""
+    family = [server, *server.children(recursive=True)]
+    signal_all(family, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal_all(family, signal.SIGCONT)
+        time.sleep(SETTLE_S)
+
+
+def signal_all(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+class InProcess:
+    """`generate`, or continuous batching, in a process that waits to be asked."""
+
+    def __init__(self, way: str, model: Path, options: argparse.Namespace) -> None:
+        command = [sys.executable, "benchmarks/in_process.py", way, "--model", str(model)]
+        command += ["--dtype", options.dtype, "--threads", str(options.cpus)]
+        command += ["--tokens", str(options.tokens)]
+        self.process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def measure(self, streams: int) -> float:
+        """Tokens a second of all streams together."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{streams}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def answers(url: str) -> bool:
@@ -114,14 +166,29 @@ def progress(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def measure_streams(server: Server, streams: list[int], tokens: int) -> dict[int, Any]:
+def measure_streams(
+    server: Server, process: psutil.Process, limit: InProcess, options: argparse.Namespace
+) -> dict[int, Any]:
     results = {}
     asyncio.run(closed_loop(server.ask, 2, 1, 8, ignore))  # warm up
-    for count in streams:
-        replies = asyncio.run(closed_loop(server.ask, count, 1, tokens, ignore))
-        results[count] = summarize(replies)
+    for count in options.streams:
+        with stopped(process):
+            most = limit.measure(count)
+        replies = asyncio.run(closed_loop(server.ask, count, 1, options.tokens, ignore))
+        results[count] = {"limit": most, **summarize(replies)}
         speed = results[count].get("tokens_per_s", 0.0)
-        progress(f"  {server.name}, {count} streams: {speed:.1f} tokens/s")
+        progress(f"  {server.name}, {count} streams: {speed:.1f} tokens/s of {most:.1f}")
+    return results
+
+
+def measure_in_process(
+    batch: InProcess, limit: InProcess, options: argparse.Namespace
+) -> dict[int, Any]:
+    results = {}
+    for count in options.streams:
+        most, speed = limit.measure(count), batch.measure(count)
+        results[count] = {"limit": most, "tokens_per_s": speed, "failures": 0}
+        progress(f"  {CONTINUOUS}, {count} streams: {speed:.1f} tokens/s of {most:.1f}")
     return results
 
 
@@ -142,17 +209,6 @@ def memory_mb() -> float | None:
     return None
 
 
-def in_process(way: str, model: Path, options: argparse.Namespace) -> dict[int, Any]:
-    command = [sys.executable, "benchmarks/in_process.py", way, "--model", str(model)]
-    command += ["--dtype", options.dtype, "--threads", str(options.cpus)]
-    command += ["--tokens", str(options.tokens), "--streams", *map(str, options.streams)]
-    output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    speeds = {int(count): speed for count, speed in json.loads(output.stdout).items()}
-    for count, speed in speeds.items():
-        progress(f"  {way} in process, {count} streams: {speed:.1f} tokens/s")
-    return {count: {"tokens_per_s": speed, "failures": 0} for count, speed in speeds.items()}
-
-
 def compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, log = Path(folder) / "model", Path(folder) / "log"
@@ -163,15 +219,19 @@ def compare(options: argparse.Namespace) -> None:
         servers += [peer(definition, model) for definition in options.peer]
         rounds: dict[str, list[dict[int, Any]]] = {}
         memory: dict[str, float | None] = {}
+        limit = InProcess("generate", model, options)
         for number in range(options.rounds):
             progress(f"round {number + 1} of {options.rounds}")
-            for way in ("generate", "continuous"):
-                rounds.setdefault(f"{way} in process", []).append(in_process(way, model, options))
+            batch = InProcess("continuous", model, options)
+            measured = measure_in_process(batch, limit, options)
+            rounds.setdefault(CONTINUOUS, []).append(measured)
+            batch.end()
             for server in servers:
-                with server.running(log):
-                    measured = measure_streams(server, options.streams, options.tokens)
+                with server.running(log) as process:
+                    measured = measure_streams(server, process, limit, options)
                     memory[server.name] = memory_mb()
                 rounds.setdefault(server.name, []).append(measured)
+        limit.end()
         arrivals = measure_arrivals(servers, rounds, log, options) if options.arrivals else {}
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**20
     result = {
@@ -220,36 +280,49 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     """results.json, results.md and results.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    streams = [int(count) for count in result["options"]["streams"]]
+    options, rounds = result["options"], result["rounds"]
+    streams = options["streams"]
 
-    def value(name: str, count: int, key: str) -> float | None:
-        values = [measured[count].get(key) for measured in result["rounds"][name]]
+    def middle(name: str, count: int, key: str) -> float | None:
+        values = [measured[count].get(key) for measured in rounds[name]]
         return None if None in values else median(values)
 
+    limits = [
+        median(measured[count]["limit"] for name in rounds for measured in rounds[name])
+        for count in streams
+    ]
     lines = [
-        f"{result['options']['model']}, {result['options']['dtype']}, "
-        f"{result['options']['tokens']} tokens a reply, {result['options']['cpus']} threads; "
-        f"{result['machine']}; "
+        f"{options['model']}, {options['dtype']}, {options['tokens']} tokens a reply, "
+        f"{options['cpus']} threads; {result['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        + f"; {result['date']}; medians of {result['options']['rounds']} rounds.",
+        + f"; {result['date']}; medians of {options['rounds']} rounds.",
         "",
         "| tokens/s (part of `generate`), TTFT p95 | "
         + " | ".join(f"{count} streams" for count in streams)
         + " |",
         "|---|" + "---|" * len(streams),
+        f"| {GENERATE} | " + " | ".join(f"{limit:.0f}" for limit in limits) + " |",
     ]
-    for name in result["rounds"]:
+    for name in rounds:
         cells = []
         for count in streams:
-            speed, limit = value(name, count, "tokens_per_s"), None
-            limit = value("generate in process", count, "tokens_per_s")
-            cell = "-" if speed is None or limit is None else f"{speed:.0f} ({speed / limit:.2f})"
-            if (first := value(name, count, "ttft_ms_p95")) is not None:
+            cell = "-"
+            if (speed := middle(name, count, "tokens_per_s")) is not None:
+                parts = [m[count]["tokens_per_s"] / m[count]["limit"] for m in rounds[name]]
+                cell = f"{speed:.0f} ({median(parts):.2f})"
+            if (first := middle(name, count, "ttft_ms_p95")) is not None:
                 cell += f", {first:.0f} ms"
-            if failures := sum(measured[count]["failures"] for measured in result["rounds"][name]):
+            if failures := sum(measured[count]["failures"] for measured in rounds[name]):
                 cell += f", {failures} failed"
             cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if memory := [f"{name} {mb:.0f}" for name, mb in result["replica_rss_anon_mb"].items() if mb]:
+        weights = result["float32_weights_mb"]
+        lines += [
+            "",
+            f"Anonymous memory of the replica (RssAnon), in MB: {', '.join(memory)}; "
+            f"the weights are {weights:.0f} in float32.",
+        ]
     if result["arrivals"]:
         lines += [
             "",
@@ -270,20 +343,28 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
                 lines.append(f"| {name} | " + " | ".join(counts + times) + " |")
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(result, streams, value, folder / "results.png")
+    plot(list(rounds), streams, limits, middle, folder / "results.png")
 
 
-def plot(result: dict[str, Any], streams: list[int], value: Any, file: Path) -> None:
+def plot(
+    names: list[str],
+    streams: list[int],
+    limits: list[float],
+    middle: Callable[[str, int, str], float | None],
+    file: Path,
+) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in result["rounds"]:
+    panels[0].plot(streams, limits, "k--", marker="o", label=GENERATE)
+    for name in names:
+        style = "--" if name == CONTINUOUS else "-"
+        colour = f"C{names.index(name)}"
         for axes, key in zip(panels, ("tokens_per_s", "ttft_ms_p95"), strict=True):
-            points = [value(name, count, key) for count in streams]
+            points = [middle(name, count, key) for count in streams]
             if None not in points:
-                style = "--" if "in process" in name else "-"
-                axes.plot(streams, points, style, marker="o", label=name)
-    panels[0].set(title="Throughput", ylabel="tokens/s, all streams")
+                axes.plot(streams, points, style, color=colour, marker="o", label=name)
+    panels[0].set(title="Throughput", ylabel="tokens/s, all streams", ylim=(0, None))
     panels[1].set(title="Time to first token, p95", ylabel="ms", yscale="log")
     for axes in panels:
         axes.set_xscale("log", base=2)

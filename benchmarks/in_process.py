@@ -1,7 +1,10 @@
 """What a model gives without a server: `generate`, or continuous batching, in this process.
 
-Prints one JSON object: by number of streams, the tokens per second of all of them together. Or, for
-`cost`, the microseconds that our own code takes for a token, early and late in a reply.
+    echo 16 | python benchmarks/in_process.py generate --model ./my-model
+
+For each line of its input, a number of streams, it prints the tokens per second of all of them
+together. Or, for `cost`, the microseconds that our own code takes for a token, early and late in a
+reply.
 """
 
 import argparse
@@ -141,12 +144,13 @@ async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("way", choices=["generate", "continuous", "cost"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -157,12 +161,11 @@ def main() -> None:
         return
     runner = (Generate if arguments.way == "generate" else Continuous)(loaded)
     runner.run(1, 4)
-    speed = {}
-    for streams in arguments.streams:
+    for line in sys.stdin:
+        streams = int(line)
         began = time.perf_counter()
         runner.run(streams, arguments.tokens)
-        speed[streams] = streams * arguments.tokens / (time.perf_counter() - began)
-    print(json.dumps(speed))
+        print(streams * arguments.tokens / (time.perf_counter() - began), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
 DEFAULT_BATCH_SIZE = 16
-DEFAULT_BATCH_WAIT_S = 0.05
+DEFAULT_BATCH_WAIT_S = 0.1
 
 
 class BotArguments(Access):

@@ -1,5 +1,6 @@
 """benchmarks/: the load is what it says, and replies are as long as they were asked to be."""
 
+import argparse
 import asyncio
 import json
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import bench
 import in_process
+import psutil
 import pytest
 from load import Reply, bot, closed_loop, mean_length, open_loop, summarize
 from running_bots import REPOSITORY, Bots
@@ -67,9 +69,34 @@ def test_the_load_command_prints_a_summary(bots: Bots):
     assert "16 replies" in ran.stderr  # progress
 
 
+def test_what_is_measured_in_process_waits_to_be_asked():
+    options = argparse.Namespace(dtype="float32", cpus=1, tokens=4)
+    limit = bench.InProcess("generate", REPOSITORY / "models" / EMBEDDED, options)
+    assert limit.measure(1) > 0
+    assert limit.measure(3) > 0
+    limit.end()
+    assert limit.process.returncode is not None
+
+
+def test_a_server_that_is_stopped_and_its_children_do_not_run_meanwhile():
+    command = "sleep 60 & echo; wait"
+    server = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    server.stdout.readline()
+    family = psutil.Process(server.pid)
+    with bench.stopped(family):
+        states = [process.status() for process in [family, *family.children()]]
+    assert states == [psutil.STATUS_STOPPED] * 2
+    assert family.status() != psutil.STATUS_STOPPED
+    for process in [*family.children(), family]:
+        process.kill()
+    server.communicate()
+
+
 def test_the_report_has_a_table_a_plot_and_the_numbers(tmp_path):
     times = {f"{kind}_ms_{at}": 5.0 for kind in ("ttft", "itl") for at in ("p50", "p95", "p99")}
-    served = {"tokens_per_s": 80.0, "failures": 1, "requests": 4, **times}
+    served = {"tokens_per_s": 80.0, "limit": 100.0, "failures": 1, "requests": 4, **times}
+    slower = {**served, "tokens_per_s": 30.0, "limit": 50.0}
     result = {
         "date": "2026-01-02",
         "machine": "m",
@@ -79,18 +106,20 @@ def test_the_report_has_a_table_a_plot_and_the_numbers(tmp_path):
             "dtype": "d",
             "tokens": 8,
             "cpus": 2,
-            "rounds": 1,
+            "rounds": 2,
             "streams": [1, 4],
         },
-        "rounds": {
-            "generate in process": [{n: {"tokens_per_s": 100.0, "failures": 0} for n in (1, 4)}],
-            "textbot": [{n: served for n in (1, 4)}],
-        },
+        "rounds": {"textbot": [{1: served, 4: served}, {1: slower, 4: slower}]},
+        "replica_rss_anon_mb": {"textbot": 700.4, "peer": None},
+        "float32_weights_mb": 475.0,
         "arrivals": {"requests_per_s": 2.0, "of": "batchbot", "textbot": served},
     }
     bench.write_report(result, tmp_path)
     table = (tmp_path / "results.md").read_text()
-    assert "| textbot | 80 (0.80), 5 ms, 1 failed | 80 (0.80), 5 ms, 1 failed |" in table
+    assert "| `generate` in process | 75 | 75 |" in table
+    # The median of the ratios, not the ratio of the medians, which would be 0.73.
+    assert "| textbot | 55 (0.70), 5 ms, 2 failed | 55 (0.70), 5 ms, 2 failed |" in table
+    assert "textbot 700; the weights are 475" in table
     assert "| textbot | 4 | 1 | 5 ms |" in table
     assert json.loads((tmp_path / "results.json").read_text())["date"] == "2026-01-02"
     assert (tmp_path / "results.png").read_bytes()[1:4] == b"PNG"

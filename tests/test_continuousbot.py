@@ -16,6 +16,10 @@ from running_bots import (
     http_reply,
     reference,
 )
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+
+from serving import paging
+from serving.encoding import encode
 
 PROMPTS = [
     "Hi",
@@ -104,3 +108,34 @@ def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_replaced(bot
         if caller.outcome() == "finished":
             break
     assert caller.text == reference(loaded, [SHORT], 2)
+
+
+def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):
+    """The manager then takes a reply out of the batch, and computes it again later."""
+    monkeypatch.setattr(paging, "MAX_ROWS", 4)
+    monkeypatch.setattr(paging, "TOKENS_PER_ROW", 32)
+    offload, offloaded = OffloadingManager.offload_requests, []
+
+    def count(self: OffloadingManager) -> bool:
+        offloaded.append(offload(self))
+        return offloaded[-1]
+
+    monkeypatch.setattr(OffloadingManager, "offload_requests", count)
+    tokens, prompts = 60, PROMPTS * 2
+    manager = paging.start_manager(loaded.model, context=128)
+    assert manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE == 128
+    for number, prompt in enumerate(prompts):
+        ids = encode([{"role": "user", "content": prompt}], loaded.tokenizer, 200)
+        manager.add_request(ids, str(number), tokens, sampler=None)
+    replies: dict[str, str] = {}
+    while len(replies) < len(prompts):
+        output = manager.get_result(timeout=60)
+        assert output is not None and output.error is None
+        replies[output.request_id] = loaded.tokenizer.decode(
+            output.generated_tokens, skip_special_tokens=True
+        )
+    manager.stop()
+    assert any(offloaded)
+    assert [replies[str(number)] for number in range(len(prompts))] == [
+        reference(loaded, [prompt], tokens) for prompt in prompts
+    ]
