@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from serving.access import Access
 from serving.arguments import BatchbotArguments, BatchSettings
+from serving.decoding import TokenDecoder
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
@@ -25,7 +26,7 @@ from serving.openapi import PROMPT_ROUTE
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.sampling import Sampler, SampleRows
-from serving.streaming import SECONDS_PER_CHUNK, Handover, TokenDecoder
+from serving.streaming import Handover, pace
 
 logger = logging.getLogger("ray.serve")
 
@@ -88,7 +89,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         self.prompt_length = 0
         self.going_on: list[int] = []  # which of the rows
         self.progress = 0.0  # when the last step was done, by time.monotonic
-        self.steps: Handover[Step] = Handover(SECONDS_PER_CHUNK * (len(rows) - 1))
+        self.steps: Handover[Step] = Handover(pace(len(rows)))
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompts, shape (rows, length), and then one token per row, shape (rows,)."""
@@ -103,6 +104,11 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         ended = [row.ends(token, generated, self.end_tokens) for row, token in tokens]
         self.going_on = [index for index, it_ended in enumerate(ended) if not it_ended]
         return torch.full((len(ended),), any(ended), device=input_ids.device)
+
+    def drop_ended(self) -> None:
+        """Take what follows as the tokens of the rows that are `going_on`."""
+        self.rows = [self.rows[index] for index in self.going_on]
+        self.steps.pace = pace(len(self.rows))
 
     def end(self) -> None:
         """`generate` has stopped: the end of the stream, unless rows go on."""
@@ -242,7 +248,7 @@ class Batchbot:
             )
             if cache is not None:
                 cache.reorder_cache(left)
-            streamer.rows = [streamer.rows[index] for index in streamer.going_on]
+            streamer.drop_ended()
 
     async def consume_streamer(
         self, rows: list[Row], streamer: RawStreamer

@@ -2,7 +2,7 @@
 
     bench.py load http://localhost:8000/ --streams 16        any of our bots
     bench.py load http://localhost:8001/v1 --openai NAME     any server that speaks OpenAI's API
-    bench.py compare --model gpt2-shape --dtype bfloat16     a set, interleaved, in one run
+    bench.py compare --model gpt2-shape --cpus 1              a set, interleaved, in one run
 
 `compare` starts one server after the other, alone on the machine. Before each measurement the
 server is stopped for a moment, and `generate` measured in its place, so that a machine that grows
@@ -11,20 +11,13 @@ slower does so for both. Needs port 8000 and the extra `bench`.
 
 import argparse
 import asyncio
-import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -32,74 +25,9 @@ from statistics import median
 from typing import Any
 
 import psutil
-from load import Ask, Reply, bot, closed_loop, mean_length, open_loop, openai, summarize
-
-REPOSITORY = Path(__file__).parent.parent
-LENGTHS = (8, 256)  # tokens of a reply in the arrival test
-SETTINGS = {
-    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
-    # Ray's workers at the priority of its daemons, and a controller that looks around less often.
-    "calm": {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"},
-}
-START_S = 300  # a server may take to start
-GENERATE = "`generate` in process"
-CONTINUOUS = "continuous batching in process"
-SETTLE_S = 1  # until a server that was stopped has noticed what it missed
-
-
-@dataclass
-class Server:
-    """Something that answers at a URL once its command has run for a while."""
-
-    name: str
-    command: list[str]
-    ask: Ask
-    ready: str  # a URL that answers then
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def running(self, log: Path) -> Iterator[psutil.Process]:
-        if answers(self.ready):
-            raise SystemExit(f"something else answers at {self.ready} already")
-        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | self.environment
-        with log.open("a") as output:
-            process = subprocess.Popen(
-                self.command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output
-            )
-        try:
-            deadline = time.monotonic() + START_S
-            while not answers(self.ready):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    lines = log.read_text(errors="replace").splitlines()[-20:]
-                    raise SystemExit("\n".join([*lines, f"{self.name} does not start"]))
-                time.sleep(0.5)
-            yield psutil.Process(process.pid)
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            while answers(self.ready):  # HAProxy takes half a minute more
-                time.sleep(0.5)
-
-
-@contextmanager
-def stopped(server: psutil.Process) -> Iterator[None]:
-    """Keep a server and all that it has started from running meanwhile."""
-    family = [server, *server.children(recursive=True)]
-    signal_all(family, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        signal_all(family, signal.SIGCONT)
-        time.sleep(SETTLE_S)
-
-
-def signal_all(processes: list[psutil.Process], number: int) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+from load import Reply, bot, closed_loop, mean_length, open_loop, openai, summarize
+from report import CONTINUOUS, LENGTHS, write_report
+from servers import REPOSITORY, Server, our_bot, peer, stopped
 
 
 class InProcess:
@@ -131,37 +59,6 @@ class InProcess:
         self.process.wait()
 
 
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code == 405  # it takes POST only
-    except OSError:
-        return False
-
-
-def our_bot(name: str, model: Path, dtype: str, cpus: int) -> Server:
-    """`textbot`, or with some of the SETTINGS, as `textbot+haproxy+calm`."""
-    module, *settings = name.split("+")
-    environment = {key: value for name in settings for key, value in SETTINGS[name].items()}
-    options = [f"model={model}", f"dtype={dtype}", f"num_cpus={cpus}"]
-    return Server(
-        name,
-        ["serve", "run", f"{module}:build", *options],
-        bot("http://127.0.0.1:8000/"),
-        "http://127.0.0.1:8000/",
-        environment,
-    )
-
-
-def peer(definition: str, model: Path) -> Server:
-    """From `NAME=URL=COMMAND`; {model} in the command is the model's folder."""
-    name, url, command = definition.split("=", 2)
-    words = shlex.split(command.replace("{model}", str(model)))
-    return Server(name, words, openai(url, str(model)), f"{url}/models")
-
-
 def progress(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -185,6 +82,7 @@ def measure_in_process(
     batch: InProcess, limit: InProcess, options: argparse.Namespace
 ) -> dict[int, Any]:
     results = {}
+    batch.measure(1)  # so that it is ready, and at rest
     for count in options.streams:
         most, speed = limit.measure(count), batch.measure(count)
         results[count] = {"limit": most, "tokens_per_s": speed, "failures": 0}
@@ -262,9 +160,11 @@ def measure_arrivals(
     if not batching:
         return {}
     capacity = max(
-        median(measured[count]["tokens_per_s"] for measured in rounds[batching[0].name])
+        median(measured[count].get("tokens_per_s", 0) for measured in rounds[batching[0].name])
         for count in options.streams
     )
+    if not capacity:
+        return {}
     rate = 0.7 * capacity / mean_length(LENGTHS)
     results: dict[str, Any] = {"requests_per_s": rate, "of": batching[0].name}
     for server in batching:
@@ -274,104 +174,6 @@ def measure_arrivals(
             replies = asyncio.run(open_loop(server.ask, rate, options.arrivals, LENGTHS, ignore))
         results[server.name] = summarize(replies)
     return results
-
-
-def write_report(result: dict[str, Any], folder: Path) -> None:
-    """results.json, results.md and results.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    options, rounds = result["options"], result["rounds"]
-    streams = options["streams"]
-
-    def middle(name: str, count: int, key: str) -> float | None:
-        values = [measured[count].get(key) for measured in rounds[name]]
-        return None if None in values else median(values)
-
-    limits = [
-        median(measured[count]["limit"] for name in rounds for measured in rounds[name])
-        for count in streams
-    ]
-    lines = [
-        f"{options['model']}, {options['dtype']}, {options['tokens']} tokens a reply, "
-        f"{options['cpus']} threads; {result['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        + f"; {result['date']}; medians of {options['rounds']} rounds.",
-        "",
-        "| tokens/s (part of `generate`), TTFT p95 | "
-        + " | ".join(f"{count} streams" for count in streams)
-        + " |",
-        "|---|" + "---|" * len(streams),
-        f"| {GENERATE} | " + " | ".join(f"{limit:.0f}" for limit in limits) + " |",
-    ]
-    for name in rounds:
-        cells = []
-        for count in streams:
-            cell = "-"
-            if (speed := middle(name, count, "tokens_per_s")) is not None:
-                parts = [m[count]["tokens_per_s"] / m[count]["limit"] for m in rounds[name]]
-                cell = f"{speed:.0f} ({median(parts):.2f})"
-            if (first := middle(name, count, "ttft_ms_p95")) is not None:
-                cell += f", {first:.0f} ms"
-            if failures := sum(measured[count]["failures"] for measured in rounds[name]):
-                cell += f", {failures} failed"
-            cells.append(cell)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if memory := [f"{name} {mb:.0f}" for name, mb in result["replica_rss_anon_mb"].items() if mb]:
-        weights = result["float32_weights_mb"]
-        lines += [
-            "",
-            f"Anonymous memory of the replica (RssAnon), in MB: {', '.join(memory)}; "
-            f"the weights are {weights:.0f} in float32.",
-        ]
-    if result["arrivals"]:
-        lines += [
-            "",
-            f"Poisson arrivals, {result['arrivals']['requests_per_s']:.2f} a second, 70 % of what "
-            f"{result['arrivals']['of']} can do; replies of {LENGTHS[0]} to {LENGTHS[1]} tokens:",
-            "",
-            "| | requests | failed | TTFT p50 | p95 | p99 | ITL p50 | p95 | p99 |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for name, measured in result["arrivals"].items():
-            if isinstance(measured, dict):
-                times = [
-                    f"{measured[f'{kind}_ms_{percent}']:.0f} ms"
-                    for kind in ("ttft", "itl")
-                    for percent in ("p50", "p95", "p99")
-                ]
-                counts = [str(measured["requests"]), str(measured["failures"])]
-                lines.append(f"| {name} | " + " | ".join(counts + times) + " |")
-    (folder / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    plot(list(rounds), streams, limits, middle, folder / "results.png")
-
-
-def plot(
-    names: list[str],
-    streams: list[int],
-    limits: list[float],
-    middle: Callable[[str, int, str], float | None],
-    file: Path,
-) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    panels[0].plot(streams, limits, "k--", marker="o", label=GENERATE)
-    for name in names:
-        style = "--" if name == CONTINUOUS else "-"
-        colour = f"C{names.index(name)}"
-        for axes, key in zip(panels, ("tokens_per_s", "ttft_ms_p95"), strict=True):
-            points = [middle(name, count, key) for count in streams]
-            if None not in points:
-                axes.plot(streams, points, style, color=colour, marker="o", label=name)
-    panels[0].set(title="Throughput", ylabel="tokens/s, all streams", ylim=(0, None))
-    panels[1].set(title="Time to first token, p95", ylabel="ms", yscale="log")
-    for axes in panels:
-        axes.set_xscale("log", base=2)
-        axes.set(xticks=streams, xticklabels=streams, xlabel="streams")
-        axes.grid(alpha=0.3)
-    panels[0].legend()
-    figure.savefig(file, dpi=110)
 
 
 def load(options: argparse.Namespace) -> None:
@@ -424,7 +226,9 @@ def main() -> None:
 
     options = parser.parse_args()
     # A shell has its background jobs ignore Ctrl-C, and so would the servers, which end by it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # However this is ended, it ends what it has started.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     options.run(options)
 
 

@@ -11,7 +11,7 @@ from serving.metrics import BotMetrics, Population
 from serving.model_thread import ModelStalled
 from serving.paging import PAGE_SIZE, start_manager
 from serving.sampling import Sampler
-from serving.streaming import SECONDS_PER_CHUNK, ReplyStreamer
+from serving.streaming import ReplyStreamer, pace
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,7 +93,7 @@ class ContinuousBatch:
         self.progress = time.monotonic()
         self.waiting.discard(streamer)
         self.running.add(streamer)
-        streamer.text.pace = SECONDS_PER_CHUNK * (len(self.running.members) - 1)
+        streamer.text.pace = pace(len(self.running.members))
         if output.error is not None:
             self._give_up(BatchFailed(output.error))
             return

@@ -1,4 +1,4 @@
-"""Text from the model's thread to the event loop: decoded, handed over, stopped, failed.
+"""Text from the model's thread to the event loop: handed over, stopped, failed.
 
 `model.generate` runs in a thread and calls its streamer once for each token; a coroutine reads
 the streamer on the event loop. Nobody polls: what is new wakes the loop.
@@ -12,9 +12,10 @@ from contextlib import suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from serving.decoding import TokenDecoder
 
 # What a chunk of a response takes Serve and its proxy, more than a token takes a small model, is
 # 0.8 ms of two cores. So from one chunk of a reply to its next, this passes at least for every
@@ -23,6 +24,11 @@ from transformers.generation.streamers import BaseStreamer
 SECONDS_PER_CHUNK = 0.004
 
 Item = TypeVar("Item")
+
+
+def pace(replies: int) -> float:
+    """Seconds from one chunk of a reply to its next, of so many that are written at once."""
+    return SECONDS_PER_CHUNK * (replies - 1)
 
 
 class End(NamedTuple):
@@ -68,7 +74,8 @@ class Handover(Generic[Item]):
             self.announced = False
         if (early := self.read + self.pace - time.monotonic()) > 0:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.ended.wait(), early)
+                async with asyncio.timeout(early):
+                    await self.ended.wait()
         self.read = time.monotonic()
         ready: list[Item] = []
         while self.items:
@@ -79,74 +86,6 @@ class Handover(Generic[Item]):
             ready.append(item)
             self.items.popleft()
         return ready
-
-
-class TokenDecoder:
-    """Turns the token ids of one reply into text, whole characters at a time.
-
-    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, up to the `stop`
-    string that is complete first, which ends the reply and is not part of it. An emoji or a
-    Chinese character is often several tokens; its first ones give "" and its last one the whole.
-    What may be the beginning of a stop string is held back as well.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.stopped = False  # at one of them
-        self.held = ""  # the beginning of one, perhaps
-        self.ids: list[int] = []
-        self.decoded = 0  # characters given so far
-        # Incremental decoding comes with the Rust tokenizers, which nearly all models have.
-        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self.stream = DecodeStream(skip_special_tokens=True)
-
-    def step(self, token: int) -> str:
-        """The text that this token completes, "" if it completes none."""
-        self.ids.append(token)
-        text = self._next(token) if self.backend else self._rest()
-        if not self.backend and text.endswith("\ufffd"):  # bytes that are no character yet
-            return ""
-        self.decoded += len(text)
-        return self._until_stop(text)
-
-    def flush(self) -> str:
-        """What is still held back when a reply ends: half a character is decoded as it is."""
-        text = self._rest()
-        self.decoded += len(text)
-        text, self.held = self._until_stop(text) + self.held, ""
-        return text
-
-    def _until_stop(self, text: str) -> str:
-        """The text up to a stop string, less the beginning of one at its end."""
-        if self.stopped:
-            return ""
-        text, self.held = self.held + text, ""
-        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)[1]]  # the one that was complete first
-        longest = max(map(len, self.stop), default=0)
-        for at in range(max(0, len(text) - longest), len(text)):
-            if any(stop.startswith(text[at:]) for stop in self.stop):
-                text, self.held = text[:at], text[at:]
-                break
-        return text
-
-    def _next(self, token: int) -> str:
-        try:
-            return self.stream.step(self.backend, token) or ""
-        except Exception:
-            # DecodeStream gives up on a byte-fallback tokenizer (Llama 2) if the model writes
-            # bytes that can become no character. The long way goes on.
-            self.backend = None
-            return self._rest()
-
-    def _rest(self) -> str:
-        text = self.tokenizer.decode(
-            self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text[self.decoded :]
 
 
 class ReplyStreamer(BaseStreamer, StoppingCriteria):

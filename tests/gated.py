@@ -19,8 +19,9 @@ from ray import serve
 from batchbot import Batchbot, Row
 from chatbot import Chatbot
 from continuousbot import Continuousbot
+from serving.decoding import TokenDecoder
 from serving.prompts import ReplyOptions
-from serving.streaming import ReplyStreamer, TokenDecoder
+from serving.streaming import ReplyStreamer
 from textbot import Textbot
 
 HANG_S = 60  # only bounds a hang

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 READY_S = 60  # as the README's reader is promised
@@ -24,7 +25,9 @@ ENVIRONMENT = os.environ | {
 
 
 @contextmanager
-def serve_run(folder: Path, *arguments: str) -> Iterator[list[str]]:
+def serve_run(
+    folder: Path, *arguments: str, ready_line: str = "is ready at", **environment: str
+) -> Iterator[list[str]]:
     """`serve run`, once the bot is ready, and the lines that it prints; Ctrl-C ends it."""
     # Two Serves can share a port, and then each gets some of the requests.
     with socket.socket() as probe:
@@ -32,7 +35,7 @@ def serve_run(folder: Path, *arguments: str) -> Iterator[list[str]]:
     process = subprocess.Popen(
         [SERVE, "run", *arguments],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,7 +47,7 @@ def serve_run(folder: Path, *arguments: str) -> Iterator[list[str]]:
     def read() -> None:
         for line in process.stdout or []:
             printed.append(line)
-            if "is ready at" in line:
+            if ready_line in line:
                 ready.set()
         ready.set()  # also when it has ended before
 
@@ -55,9 +58,14 @@ def serve_run(folder: Path, *arguments: str) -> Iterator[list[str]]:
             pytest.fail(f"`serve run` is not ready: {''.join(printed)}")
         yield printed
     finally:
+        family = []
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         try:
             process.wait(60)
+            _, left = psutil.wait_procs(family, 60)  # HAProxy takes half a minute more
+            assert not left
         finally:
             process.kill()
             reader.join()

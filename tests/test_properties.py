@@ -14,11 +14,12 @@ from test_streaming import byte_fallback_tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from batchbot import Batchbot, RawStreamer, Row
+from serving.decoding import TokenDecoder
 from serving.encoding import MAX_BYTES_PER_TOKEN, PromptTooLong, Turn, begin, encode, tokenize
 from serving.loading import check_model
 from serving.locating import EMBEDDED
 from serving.prompts import ReplyOptions, TextRequest, parse_object
-from serving.streaming import ReplyStreamer, TokenDecoder
+from serving.streaming import ReplyStreamer
 from serving.wire import REFUSALS, BadFrame, JsonWire, Limits, PlainWire
 
 HANG_S = 60
@@ -191,7 +192,7 @@ async def stream_batch(
                 return
             running = [running[index] for index in streamer.going_on]
             input_ids = input_ids[streamer.going_on]
-            streamer.rows = [rows[row] for row in running]
+            streamer.drop_ended()
 
     read, ended = [""] * len(rows), [False] * len(rows)
     async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:

@@ -4,10 +4,13 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
 from running_bots import HANG_S, reference
 from serve_run import ENVIRONMENT, SERVE, serve_run
+from urllib3.util import Retry
 
 
 def test_arguments_configure_a_bot(checkout, emoji_model):
@@ -18,6 +21,29 @@ def test_arguments_configure_a_bot(checkout, emoji_model):
         assert len(response.text) == 3
         response = requests.post("http://localhost:8000/?prompt=x&max_new_tokens=4")
         assert response.status_code == 422
+
+
+def test_the_config_for_haproxy_answers_this_machine_only(checkout, loaded):
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    submitted = "Submitted deploy config"  # `serve run` says no more of a config file
+    until_ready = Retry(
+        100, status_forcelist=[404, 503], allowed_methods=None, backoff_factor=1, backoff_max=1
+    )
+    with (
+        serve_run(checkout, "deploy/haproxy.yaml", ready_line=submitted, **environment),
+        requests.Session() as session,
+    ):
+        session.mount("http://", HTTPAdapter(max_retries=until_ready))
+        response = session.post("http://localhost:8000/?prompt=Hello!")
+        assert response.text == reference(loaded, ["Hello!"], 256)
+        listening = {
+            tuple(connection.laddr)
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+    ports = (8000, 8500, 30000)  # HAProxy, Serve's own proxy in reserve, and the replica
+    found = {(address, port) for address, port in listening if port in ports}
+    assert found == {("127.0.0.1", port) for port in ports}
 
 
 def test_what_ctrl_c_cuts_is_seen_as_cut(checkout, loaded):

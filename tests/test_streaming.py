@@ -13,9 +13,10 @@ from scripted import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from serving.decoding import TokenDecoder
 from serving.loading import LoadedModel, load_model
 from serving.model_thread import ModelThread
-from serving.streaming import Handover, ReplyStreamer, TokenDecoder
+from serving.streaming import Handover, ReplyStreamer
 
 HANG_S = 60
 

@@ -1,0 +1,121 @@
+"""Servers to measure: started, kept from running for a while, ended."""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from load import Ask, bot, openai
+
+REPOSITORY = Path(__file__).parent.parent
+SETTINGS = {
+    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    # Ray's workers at the priority of its daemons, and a controller that looks around less often.
+    "calm": {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"},
+}
+START_S = 300  # a server may take to start
+END_S = 120  # and to end; HAProxy takes half a minute
+SETTLE_S = 1  # until a server that was stopped has noticed what it missed
+
+
+@dataclass
+class Server:
+    """Something that answers at a URL once its command has run for a while."""
+
+    name: str
+    command: list[str]
+    ask: Ask
+    ready: str  # a URL that answers then
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def running(self, log: Path) -> Iterator[psutil.Process]:
+        if listens(self.ready):
+            raise SystemExit(f"something else answers at {self.ready} already")
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | self.environment
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                self.command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output
+            )
+        try:
+            deadline = time.monotonic() + START_S
+            while not answers(self.ready):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    lines = log.read_text(errors="replace").splitlines()[-20:]
+                    raise SystemExit("\n".join([*lines, f"{self.name} does not start"]))
+                time.sleep(0.5)
+            yield psutil.Process(process.pid)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            deadline = time.monotonic() + END_S
+            while listens(self.ready) and time.monotonic() < deadline:
+                time.sleep(0.5)
+
+
+@contextmanager
+def stopped(server: psutil.Process) -> Iterator[None]:
+    """Keep a server and all that it has started from running meanwhile."""
+    family = [server, *server.children(recursive=True)]
+    try:
+        signal_all(family, signal.SIGSTOP)
+        yield
+    finally:
+        signal_all(family, signal.SIGCONT)
+        time.sleep(SETTLE_S)
+
+
+def signal_all(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def listens(url: str) -> bool:
+    address = urllib.parse.urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((address.hostname, address.port)) == 0
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code == 405  # it takes POST only
+    except OSError:
+        return False
+
+
+def our_bot(name: str, model: Path, dtype: str, cpus: int) -> Server:
+    """`textbot`, or with some of the SETTINGS, as `textbot+haproxy+calm`."""
+    module, *settings = name.split("+")
+    environment = {key: value for name in settings for key, value in SETTINGS[name].items()}
+    options = [f"model={model}", f"dtype={dtype}", f"num_cpus={cpus}"]
+    return Server(
+        name,
+        ["serve", "run", f"{module}:build", *options],
+        bot("http://127.0.0.1:8000/"),
+        "http://127.0.0.1:8000/",
+        environment,
+    )
+
+
+def peer(definition: str, model: Path) -> Server:
+    """From `NAME=URL=COMMAND`; {model} in the command is the model's folder."""
+    name, url, command = definition.split("=", 2)
+    words = shlex.split(command.replace("{model}", str(model)))
+    return Server(name, words, openai(url, str(model)), f"{url}/models")
