@@ -137,9 +137,7 @@ def compare(options: argparse.Namespace) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("ray", "transformers", "torch")},
         "options": {
-            name: str(value) if name == "output" else value
-            for name, value in vars(options).items()
-            if name != "run"
+            name: value for name, value in vars(options).items() if name not in ("run", "output")
         },
         "float32_weights_mb": weights,
         "replica_rss_anon_mb": memory,
