@@ -6,10 +6,6 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    haproxy = str(int(config.getoption("markexpr") == "haproxy"))
-    os.environ |= {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_ENABLE_HA_PROXY": haproxy,
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": haproxy,
-    }
+    haproxy = config.getoption("markexpr") == "haproxy"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
     config.pluginmanager.import_plugin("running_bots")
