@@ -61,8 +61,11 @@ class Handover(Generic[Item]):
     def end(self, error: Exception | None = None) -> None:
         """What is put after this is not read; `error` is raised where it is read."""
         self.items.append(End(error))
-        self.loop.call_soon_threadsafe(self.arrived.set)
-        self.loop.call_soon_threadsafe(self.ended.set)
+        self.loop.call_soon_threadsafe(self._announce_end)
+
+    def _announce_end(self) -> None:
+        self.arrived.set()
+        self.ended.set()
 
     def __aiter__(self) -> "Handover[Item]":
         return self
