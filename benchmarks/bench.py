@@ -22,7 +22,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from load import Reply, bot, closed_loop, mean_length, open_loop, openai, summarize
@@ -54,7 +54,10 @@ class InProcess:
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
 
-    def end(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
 
@@ -107,6 +110,26 @@ def memory_mb() -> float | None:
     return None
 
 
+def measure_rounds(
+    servers: list[Server], model: Path, log: Path, options: argparse.Namespace
+) -> tuple[dict[str, list[dict[int, Any]]], dict[str, float | None]]:
+    """Of each server its rounds, and its replica's memory."""
+    rounds: dict[str, list[dict[int, Any]]] = {}
+    memory: dict[str, float | None] = {}
+    with InProcess("generate", model, options) as limit:
+        for number in range(options.rounds):
+            progress(f"round {number + 1} of {options.rounds}")
+            with InProcess("continuous", model, options) as batch:
+                measured = measure_in_process(batch, limit, options)
+            rounds.setdefault(CONTINUOUS, []).append(measured)
+            for server in servers:
+                with server.running(log) as process:
+                    measured = measure_streams(server, process, limit, options)
+                    memory[server.name] = memory_mb()
+                rounds.setdefault(server.name, []).append(measured)
+    return rounds, memory
+
+
 def compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, log = Path(folder) / "model", Path(folder) / "log"
@@ -115,21 +138,7 @@ def compare(options: argparse.Namespace) -> None:
         subprocess.run(saved, cwd=REPOSITORY / "benchmarks", check=True, capture_output=True)
         servers = [our_bot(name, model, options.dtype, options.cpus) for name in options.bots]
         servers += [peer(definition, model) for definition in options.peer]
-        rounds: dict[str, list[dict[int, Any]]] = {}
-        memory: dict[str, float | None] = {}
-        limit = InProcess("generate", model, options)
-        for number in range(options.rounds):
-            progress(f"round {number + 1} of {options.rounds}")
-            batch = InProcess("continuous", model, options)
-            measured = measure_in_process(batch, limit, options)
-            rounds.setdefault(CONTINUOUS, []).append(measured)
-            batch.end()
-            for server in servers:
-                with server.running(log) as process:
-                    measured = measure_streams(server, process, limit, options)
-                    memory[server.name] = memory_mb()
-                rounds.setdefault(server.name, []).append(measured)
-        limit.end()
+        rounds, memory = measure_rounds(servers, model, log, options)
         arrivals = measure_arrivals(servers, rounds, log, options) if options.arrivals else {}
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**20
     result = {
