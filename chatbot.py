@@ -18,6 +18,7 @@ from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.page import ChatPage
 from serving.prompts import ReplyOptions, read_options
 from serving.responses import HTTP
 from serving.sampling import SampleRows
@@ -62,6 +63,16 @@ class Chatbot:
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)
         logger.info(f"{self.model_name} is ready")
+
+    @fastapi_app.api_route(
+        "/",
+        methods=["GET", "HEAD"],
+        dependencies=[Depends(read_options)],
+        include_in_schema=False,
+    )
+    async def show_page(self) -> ChatPage:
+        """A page to chat on, for browsers; it speaks chat.v1 over the WebSocket below."""
+        return ChatPage()
 
     @fastapi_app.websocket("/")
     async def handle_request(

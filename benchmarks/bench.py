@@ -146,7 +146,9 @@ def compare(options: argparse.Namespace) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("ray", "transformers", "torch")},
         "options": {
-            name: value for name, value in vars(options).items() if name not in ("run", "output")
+            name: value
+            for name, value in vars(options).items()
+            if name not in ("run", "output", "peer")  # paths of this machine
         },
         "float32_weights_mb": weights,
         "replica_rss_anon_mb": memory,

@@ -1,46 +1,105 @@
-"""Chat with a Chatbot: type prompts, or pipe them in, one a line. Ctrl-D or Ctrl-C leaves.
+"""Chat with a Chatbot: type prompts, or pipe them in, one a line.
 
 printf 'Space the final\n These are the voyages\n' | python clients/chat_client.py
 """
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
 
+from reaching import add_options, authorization, show, wait_until_ready
+from terminal import HELP, is_typed, on_ctrl_c, prompts
 from websockets.exceptions import ConnectionClosed, WebSocketException
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
+
+CHAT_V1 = Subprotocol("chat.v1")
+STOP = json.dumps({"type": "stop"})
 
 
-def prompts() -> Iterator[str]:
-    """The lines of standard input; "> " asks for them if somebody is there to type."""
-    question = "> " if sys.stdin.isatty() else ""
-    try:
-        while True:
-            yield input(question)
-    except EOFError:
-        print(end="\n" if question else "")
+class ReplyError(Exception):
+    """What went wrong instead of a reply; the conversation goes on."""
+
+
+def ask(
+    websocket: ClientConnection,
+    prompt: str,
+    marker: str,
+    tell_ahead: Callable[[int], object] = lambda ahead: None,
+) -> Iterator[str]:
+    """Send a prompt, and yield its reply piece by piece; tell how many come first, if any."""
+    if websocket.subprotocol != CHAT_V1:  # the plain form: text, then the marker
+        websocket.send(prompt)
+        while (text := websocket.recv(decode=True)) != marker:
+            yield text
+        return
+    websocket.send(json.dumps({"type": "prompt", "prompt": prompt}))
+    while (message := json.loads(websocket.recv()))["type"] != "done":
+        if message["type"] == "error":
+            raise ReplyError(message["detail"])
+        if message["type"] == "waiting":
+            tell_ahead(message["ahead"])
+        yield message.get("text", "")
+
+
+def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
+    """Print it as it comes; return whether it came."""
+
+    def stop() -> None:
+        with suppress(WebSocketException):  # who reads the reply learns of it, too
+            websocket.send(STOP)
+
+    with on_ctrl_c(stop) if websocket.subprotocol and is_typed() else nullcontext():
+        try:
+            for text in ask(websocket, prompt, marker, print_ahead) if prompt.strip() else ():
+                show(text)
+            print(flush=True)
+            return True
+        except ReplyError as error:
+            print(flush=True)
+            print(error, file=sys.stderr)
+            return False
+
+
+def print_ahead(ahead: int) -> None:
+    if is_typed():
+        print(f"({ahead} ahead)", file=sys.stderr)
+
+
+def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
+    """Reply to all prompts; return whether all went well."""
+    well = True
+    with ExitStack() as connections:
+
+        def begin() -> ClientConnection:
+            return connections.enter_context(
+                connect(options.url, subprotocols=[CHAT_V1], additional_headers=headers)
+            )
+
+        websocket = begin()
+        for prompt in prompts():
+            if prompt is None:  # a new conversation is a new connection
+                websocket.close()
+                websocket = begin()
+            else:
+                well &= print_reply(websocket, prompt, options.end_of_response)
+    return well
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Chat with a Chatbot.")
-    parser.add_argument("--url", default="ws://localhost:8000/")
+    parser = argparse.ArgumentParser(description="Chat with a Chatbot.", epilog=HELP)
     parser.add_argument("--end-of-response", default="<>", help="the marker after each reply")
-    parser.add_argument(
-        "--api-key-file", type=argparse.FileType(), help="a file with the key that the bot asks for"
-    )
+    add_options(parser, "ws://localhost:8000/")
     options = parser.parse_args()
-
-    headers = {}
-    if options.api_key_file:
-        headers["Authorization"] = f"Bearer {options.api_key_file.read().strip()}"
+    headers = authorization(options)
     try:
-        with connect(options.url, additional_headers=headers) as websocket:
-            for prompt in prompts():
-                websocket.send(prompt)
-                while (text := websocket.recv()) != options.end_of_response:
-                    print(text, end="", flush=True)
-                print(flush=True)
+        model = wait_until_ready(options)
+        if is_typed():
+            print(f"{model or options.url}. {HELP}", file=sys.stderr)
+        sys.exit(not chat(options, headers))
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConnectionClosed as closed:

@@ -1,4 +1,4 @@
-"""Print a reply as it streams in, from a Textbot or a Batchbot.
+"""Print a reply as it streams in, from any bot but the Chatbot.
 
 python clients/stream_client.py "Tell me a joke." --max-new-tokens 30
 """
@@ -6,35 +6,45 @@ python clients/stream_client.py "Tell me a joke." --max-new-tokens 30
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import requests
+from reaching import add_options, authorization, show, wait_until_ready
+
+
+class Refused(Exception):
+    """The bot's answer to what it does not reply to."""
+
+
+def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[str]:
+    """Send a prompt, and yield its reply piece by piece."""
+    with requests.post(url, json=body, headers=headers, stream=True) as response:
+        if not response.ok:
+            raise Refused(f"{url} answered {response.status_code}: {response.text}")
+        for text in response.iter_content(chunk_size=None, decode_unicode=True):
+            assert isinstance(text, str)  # since it is decoded
+            yield text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print a reply as it streams in.")
     parser.add_argument("prompt", nargs="?", default="Tell me a story about dogs.")
-    parser.add_argument("--url", default="http://localhost:8000/")
-    parser.add_argument(
-        "--max-new-tokens", type=int, help="the most tokens that the reply may have"
-    )
-    parser.add_argument(
-        "--api-key-file", type=argparse.FileType(), help="a file with the key that the bot asks for"
-    )
+    parser.add_argument("--max-new-tokens", type=int, help="the most that the reply may have")
+    add_options(parser, "http://localhost:8000/")
     options = parser.parse_args()
 
-    headers = {}
-    if options.api_key_file:
-        headers["Authorization"] = f"Bearer {options.api_key_file.read().strip()}"
     body = {"prompt": options.prompt}
     if options.max_new_tokens is not None:
         body["max_new_tokens"] = options.max_new_tokens
+    headers = authorization(options)
     try:
-        with requests.post(options.url, json=body, headers=headers, stream=True) as response:
-            if not response.ok:
-                sys.exit(f"{options.url} answered {response.status_code}: {response.text}")
-            for chunk in response.iter_content(chunk_size=None, decode_unicode=True):
-                print(chunk, end="", flush=True)
-            print()
+        wait_until_ready(options)
+        for text in ask(options.url, body, headers):
+            show(text)
+        print()
+    except Refused as error:
+        sys.exit(str(error))
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except requests.exceptions.ChunkedEncodingError:

@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from ray import serve
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
 DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -145,6 +146,8 @@ class CheckOrigin:
 class RequireKey:
     """ASGI middleware: 401 without the key.
 
+    Except for the page on which a person types it, `GET /`, which says so in WWW-Authenticate.
+
     HTTP and WebSocket clients send `Authorization: Bearer <key>`. A browser cannot do that on a
     WebSocket; it offers the subprotocols `chat.v1` and `bearer.<key in base64url>` instead.
     """
@@ -154,15 +157,26 @@ class RequireKey:
         self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.app
         # Every key is compared, in constant time: how long it takes tells nothing about ours.
-        if not any([compare_digest(key, self.key) for key in _keys(scope)]):
-            app = JSONResponse(
-                {"detail": "a key is needed: Authorization: Bearer <key>"},
-                401,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        await app(scope, receive, send)
+        if any([compare_digest(key, self.key) for key in _keys(scope)]):
+            await self.app(scope, receive, send)
+        elif _asks_for_page(scope):
+
+            async def send_challenge(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    MutableHeaders(scope=message).update(CHALLENGE)
+                await send(message)
+
+            await self.app(scope, receive, send_challenge)
+        else:
+            problem = {"detail": "a key is needed: Authorization: Bearer <key>"}
+            await JSONResponse(problem, 401, headers=CHALLENGE)(scope, receive, send)
+
+
+def _asks_for_page(scope: Scope) -> bool:
+    """Whether somebody opens a bot's address in a browser."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and path in ("", "/")
 
 
 def _keys(scope: Scope) -> Iterable[bytes]:

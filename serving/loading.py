@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from serving.locating import ModelError, Source, locate
+from serving.progress import report_progress
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,13 +37,14 @@ def load_model(name: str, dtype: str = "float32", fallback: str | None = None) -
     """
     try:
         source = locate(name)
-        config, tokenizer = read(source)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.place, config=config, dtype=dtype, **source.options
-            )
-        except Exception as error:
-            raise source.problem("the weights cannot be loaded", error) from error
+        with report_progress(source):
+            config, tokenizer = read(source)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    source.place, config=config, dtype=dtype, **source.options
+                )
+            except Exception as error:
+                raise source.problem("the weights cannot be loaded", error) from error
     except ModelError as error:
         if fallback is None:
             raise

@@ -34,6 +34,11 @@ class Source(NamedTuple):
     place: str  # a folder or a hub id
     options: dict[str, Any]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it must come from the hub first."""
+        return not self.options.get("local_files_only") and not Path(self.place).is_dir()
+
     def problem(self, what: str, error: Exception | None = None) -> ModelError:
         reason = f"{what} ({first_line(error)})" if error else what
         return ModelError(

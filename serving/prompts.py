@@ -4,17 +4,17 @@ import json
 from typing import Annotated, Any, TypeVar
 
 import torch
-from fastapi import Request, WebSocket
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ray import serve
 from starlette.datastructures import QueryParams
+from starlette.requests import HTTPConnection
 
 from serving.encoding import MAX_BYTES, PromptTooLong
 from serving.sampling import Sampler
 
 MAX_BODY_BYTES = MAX_BYTES + 1000  # read into memory before the prompt in it can be measured
-
 
 Model = TypeVar("Model", bound="ReplyOptions")
 StopString = Annotated[str, Field(min_length=1, max_length=100)]
@@ -131,15 +131,19 @@ async def read_request(request: Request) -> TextRequest:
         raise RequestValidationError(describe_problems(error, place)) from None
 
 
-async def read_options(ws: WebSocket) -> ReplyOptions:
-    """The options of a connection's replies, from the query of its handshake.
+async def read_options(connection: HTTPConnection) -> ReplyOptions:
+    """The options of a connection's replies, from the query of its handshake, or of its page.
 
-    Raises WebSocketRequestValidationError, with which the handshake is refused.
+    Raises WebSocketRequestValidationError, with which the handshake is refused, or for the page
+    RequestValidationError (422).
     """
     try:
-        return _validate(ReplyOptions, query_fields(ws.query_params))
+        return _validate(ReplyOptions, query_fields(connection.query_params))
     except ValidationError as error:
-        raise WebSocketRequestValidationError(describe_problems(error, "query")) from None
+        problems = describe_problems(error, "query")
+        if connection.scope["type"] == "websocket":
+            raise WebSocketRequestValidationError(problems) from None
+        raise RequestValidationError(problems) from None
 
 
 def _validate(kind: type[Model], given: dict[str, Any]) -> Model:

@@ -25,7 +25,7 @@ from serving.locating import EMBEDDED
 from textbot import Textbot
 
 REPOSITORY = Path(__file__).parent.parent
-EMOJI_REPLY = "🎉 你好，世界! 👩‍👩‍👧 żółw 🐢🐢 <> end"
+EMOJI_REPLY = "🎉 你好，世界! 👩‍👩‍👧 żółw 🐢🐢 <> <b>end</b>"
 EMOJI_PROMPT = "Say it."
 MAX_NEW_TOKENS = 96
 CHAT_MAX_NEW_TOKENS = 400

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import pexpect
 import pytest
 from running_bots import (
     CHAT_MAX_NEW_TOKENS,
@@ -12,13 +11,18 @@ from running_bots import (
     KEY,
     MAX_NEW_TOKENS,
     REPOSITORY,
+    Bot,
     Bots,
     free_port,
     reference,
 )
+from terminal import HELP
+from terminals import Terminal
+from websockets.sync.client import connect
 
 HANG_S = 60
-STREAM, CHAT = "clients/stream_client.py", "clients/chat_client.py"
+STREAM, CHAT, LOAD = (f"clients/{name}_client.py" for name in ("stream", "chat", "load"))
+STORY = "Tell me a story about dogs."
 
 
 def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -29,16 +33,6 @@ def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         timeout=HANG_S,
-    )
-
-
-def on_a_terminal(script: str, *arguments: str) -> pexpect.spawn:
-    return pexpect.spawn(
-        sys.executable,
-        [script, *arguments],
-        cwd=REPOSITORY,
-        timeout=HANG_S,
-        encoding="utf-8",
     )
 
 
@@ -106,43 +100,163 @@ def test_the_chat_client_prints_text_as_it_arrives(bots: Bots):
         assert client.stdout.read()
 
 
-@pytest.mark.parametrize("key", ["c", "d"])
-def test_ctrl_c_and_ctrl_d_leave_the_chat_client_cleanly(bots: Bots, loaded, key):
-    """On a terminal, after one reply."""
-    client = on_a_terminal(CHAT, "--url", bots.chatbot.ws)
-    client.expect_exact("> ")
-    client.sendline("Hello!")
+def chat_on_a_terminal(bot: Bot) -> tuple[Terminal, str]:
+    """A chat client that waits for a prompt, and the lines at the top of its screen."""
+    terminal = Terminal(CHAT, "--url", bot.ws)
+    top = f"tiny-dialog. {HELP}\n"
+    terminal.expect(f"{top}>")
+    return terminal, top
+
+
+@pytest.mark.parametrize("keys", ["\x03", "\x04", "/quit\r"], ids=["ctrl-c", "ctrl-d", "quit"])
+def test_a_chat_on_a_terminal_and_how_to_leave_it(bots: Bots, loaded, keys):
+    terminal, top = chat_on_a_terminal(bots.chatbot)
     reply = reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
-    client.expect_exact(f"Hello!\r\n{reply}\r\n> ")
-    client.sendcontrol(key)
-    client.expect(pexpect.EOF)
-    client.close()
-    assert "Traceback" not in client.before
-    assert client.before.endswith("\r\n")
-    assert client.exitstatus == 0
+    terminal.type("Hello!\r")
+    terminal.expect(f"{top}> Hello!\n{reply}\n>")
+    terminal.type(keys)
+    assert terminal.end() == 0
+    assert terminal.shown.startswith(f"{top}> Hello!\n{reply}\n>")
+    assert "Traceback" not in terminal.shown
 
 
-def test_ctrl_c_leaves_in_the_middle_of_a_reply(bots: Bots):
-    bots.chatbot.gate.hold_after(1)
-    client = on_a_terminal(CHAT, "--url", bots.chatbot.ws)
-    client.expect_exact("> ")
-    client.sendline("Hello!")
-    client.expect("Hello!\r\n[A-Z]")
-    client.sendcontrol("c")
-    client.expect(pexpect.EOF)
-    client.close()
-    assert "Traceback" not in client.before
-    assert client.exitstatus == 0
-    bots.chatbot.gate.wait("left", 1)
+def test_a_prompt_of_several_lines_and_one_from_before(bots: Bots, loaded):
+    terminal, top = chat_on_a_terminal(bots.chatbot)
+    turns = ["Hello!\nTell me a joke."]
+    turns.append(reference(loaded, turns, CHAT_MAX_NEW_TOKENS))
+    terminal.type("Hello!\x1b\rTell me a joke.\r")
+    once = f"{top}> Hello!\n  Tell me a joke.\n{turns[1]}\n>"
+    terminal.expect(once)
+    turns.append(turns[0])
+    terminal.type("\x1b[A\r")  # the arrow key up, and Enter
+    again = reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
+    terminal.expect(f"{once} Hello!\n  Tell me a joke.\n{again}\n>")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_reset_begins_a_new_conversation(bots: Bots, loaded):
+    terminal, top = chat_on_a_terminal(bots.chatbot)
+    told, asked = "My name is Anna.", "What is my name?"
+    answer = reference(loaded, [told], CHAT_MAX_NEW_TOKENS)
+    forgotten = reference(loaded, [asked], CHAT_MAX_NEW_TOKENS)
+    assert "Anna" not in forgotten
+    terminal.type(f"{told}\r")
+    terminal.expect(f"{top}> {told}\n{answer}\n>")
+    terminal.type(f"/reset\r{asked}\r")
+    terminal.expect(f"{top}> {told}\n{answer}\n> /reset\n> {asked}\n{forgotten}\n>")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_in_a_reply_stops_it_and_the_conversation_goes_on(bots: Bots, loaded):
+    gate = bots.chatbot.gate
+    gate.hold_after(3)
+    terminal, top = chat_on_a_terminal(bots.chatbot)
+    began = reference(loaded, [STORY], 3)
+    terminal.type(f"{STORY}\r")
+    terminal.expect(f"{top}> {STORY}\n{began}")
+    gate.wait("step", 4)
+    terminal.type("\x03")
+    terminal.expect(f"{top}> {STORY}\n{began}^C\n>")
+    gate.release()
+    gate.wait("cancelled", 1)
+    terminal.type("Hello!\r")
+    reply = reference(loaded, [STORY, began, "Hello!"], CHAT_MAX_NEW_TOKENS)
+    terminal.expect(f"{top}> {STORY}\n{began}^C\n> Hello!\n{reply}\n>")
+    terminal.type("\x03")
+    assert terminal.end() == 0
+
+
+def test_who_waits_for_others_is_told_on_a_terminal(bots: Bots, loaded):
+    gate = bots.chatbot.gate
+    gate.hold_after(0)
+    with connect(bots.chatbot.ws) as other:
+        other.send("Hello!")
+        gate.wait("step", 1)
+        terminal, top = chat_on_a_terminal(bots.chatbot)
+        terminal.type("Hello!\r")
+        terminal.expect(f"{top}> Hello!\n(1 ahead)")
+        gate.release()
+        reply = reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
+        terminal.expect(f"{top}> Hello!\n(1 ahead)\n{reply}\n>")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+
+
+def test_ctrl_c_leaves_the_stream_client_in_the_middle_of_a_reply(bots: Bots, loaded):
+    bots.textbot.gate.hold_after(3)
+    terminal = Terminal(STREAM, "--url", bots.textbot.http)
+    began = reference(loaded, [STORY], 3)
+    terminal.expect(began)
+    terminal.type("\x03")
+    assert terminal.end() == 0
+    assert terminal.shown == f"{began}^C"
+    bots.textbot.gate.wait("left", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("textbot", ["replying", "waiting", "waiting", "waiting"]),
+        ("chatbot", ["replying", "waiting", "waiting", "waiting"]),
+        ("continuousbot", ["replying"] * 4),
+    ],
+)
+def test_the_load_client_shows_who_is_replied_to_and_who_waits(bots: Bots, name, states):
+    bot = getattr(bots, name)
+    bot.gate.hold_after(0)
+    url = bot.ws if name == "chatbot" else bot.http
+    terminal = Terminal(LOAD, "--url", url, "--number", "4", STORY)
+    bot.gate.wait("submitted", 4)
+    bot.gate.release(8)
+    for state in set(states):
+        terminal.wait_for(lambda shown, state=state: shown.count(state) == states.count(state))
+    bot.gate.release()
+    terminal.wait_for(lambda shown: shown.count("finished") == 4)
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("name", ["textbot", "chatbot", "batchbot", "continuousbot"])
+def test_the_load_client_prints_how_each_reply_ended(bots: Bots, loaded, name):
+    bot = getattr(bots, name)
+    url = bot.ws if name == "chatbot" else bot.http
+    ran = run(LOAD, "--url", url, "--number", "3", "Hello!", "Tell me a joke.")
+    lines = [line.split("│") for line in ran.stdout.splitlines() if "│" in line]
+    replies = [
+        reference(loaded, [prompt], CHAT_MAX_NEW_TOKENS)
+        for prompt in ("Hello!", "Tell me a joke.", "Hello!")
+    ]
+    shown = [words for line in lines for words in line[2].split()]
+    assert shown == [word for reply in replies for word in reply.split()]
+    ended = [line for line in lines if line[5].strip()]
+    assert [line[5].strip() for line in ended] == ["finished"] * 3
+    for line in ended:
+        assert line[3].strip().endswith(" ms")
+        assert int(line[4]) > 0
+    assert (ran.stderr, ran.returncode) == ("", 0)
+
+
+def test_the_load_client_tells_what_was_refused_or_has_failed(bots: Bots):
+    ran = run(LOAD, "--url", bots.textbot.http, " ", "Hello!")
+    assert (ran.stdout.count("refused"), ran.stdout.count("finished")) == (1, 1)
+    assert ran.returncode == 1
+    for bot, url in ((bots.textbot, bots.textbot.http), (bots.chatbot, bots.chatbot.ws)):
+        bot.gate.fail_at(3)
+        ran = run(LOAD, "--url", url, "Hello!")
+        assert ran.stdout.count("failed: ") == 1
+        assert ran.returncode == 1
 
 
 @pytest.mark.parametrize(("script", "scheme"), [(STREAM, "http"), (CHAT, "ws")])
 def test_a_server_that_is_not_there_is_one_line_and_status_1(script, scheme):
     url = f"{scheme}://127.0.0.1:{free_port()}/"
-    ran = run(script, "--url", url, stdin="Hello!\n")
+    ran = run(script, "--url", url, "--wait", "0", stdin="Hello!\n")
     assert ran.returncode == 1
     assert ran.stderr.startswith(f"nothing answers at {url}: is a bot running?")
     assert ran.stderr.count("\n") == 1
+    ran = run(script, "--url", url, "--wait", "1", stdin="Hello!\n")
+    assert ran.stderr.startswith(f"waiting up to 1 s for {url} (Ctrl-C leaves)\nnothing answers")
 
 
 @pytest.mark.parametrize("name", ["textbot", "batchbot"])
@@ -155,13 +269,16 @@ def test_a_server_that_fails_in_mid_stream_is_one_line_and_status_1(bots: Bots, 
     assert ran.stderr == f"{bot.http} failed in the middle of the reply\n"
 
 
-def test_a_chat_that_fails_in_mid_stream_is_one_line_and_status_1(bots: Bots):
+def test_a_reply_of_a_chat_that_fails_is_one_line_and_status_1_and_the_rest_comes(
+    bots: Bots, loaded
+):
     bots.chatbot.gate.fail_at(3)
-    ran = run(CHAT, "--url", bots.chatbot.ws, stdin="Hello!\n")
+    ran = run(CHAT, "--url", bots.chatbot.ws, stdin="Hello!\nTell me a joke.\n")
     assert ran.returncode == 1
-    assert ran.stderr == (
-        f"{bots.chatbot.ws} closed the connection: 1011 the reply failed: RuntimeError\n"
-    )
+    assert ran.stderr == "the reply failed: RuntimeError\n"
+    began = reference(loaded, ["Hello!"], 2)
+    joke = reference(loaded, ["Tell me a joke."], CHAT_MAX_NEW_TOKENS)
+    assert ran.stdout == f"{began}\n{joke}\n"
 
 
 @pytest.mark.parametrize("script", [STREAM, CHAT])

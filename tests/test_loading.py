@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from running_bots import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from scripted import byte_tokenizer
 from transformers import AutoTokenizer, T5Config
 
+from serving import progress
 from serving.encoding import encode
 from serving.loading import check_model, load_model
-from serving.locating import EMBEDDED, ModelError, locate
+from serving.locating import EMBEDDED, ModelError, Source, locate
 
 NAME = "somebody/some-model"
 
@@ -249,3 +251,32 @@ def test_a_gguf_file_in_a_folder_is_a_model(tmp_path, monkeypatch):
 def test_a_name_that_can_be_no_model_says_what_a_name_can_be(name, no_hub):
     with pytest.raises(ModelError, match="<folder or hub id>:<file>"):
         check_model(name)
+
+
+@pytest.mark.parametrize("where", ["hub", "cache"])
+def test_a_long_load_reports_what_has_come_and_how_long_it_takes(
+    where, tmp_path, monkeypatch, caplog
+):
+    blobs = tmp_path / "models--someone--model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0123.incomplete").write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(progress, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    caplog.set_level("INFO", "ray.serve")
+    reported = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().endswith("0 s"):
+                reported.set()
+
+    listener = Listener()
+    logging.getLogger("ray.serve").addHandler(listener)
+    options = {"local_files_only": True} if where == "cache" else {}
+    with progress.report_progress(Source("someone/model", "someone/model", options)):
+        assert reported.wait(60)
+    logging.getLogger("ray.serve").removeHandler(listener)
+    assert caplog.messages[0] == "loading someone/model"
+    size = "3 MB downloaded, " if where == "hub" else ""
+    assert caplog.messages[1] == f"loading someone/model: {size}0 s"
+    assert not any(thread.name == "loading" for thread in threading.enumerate())

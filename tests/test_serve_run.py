@@ -1,6 +1,7 @@
 """`serve run` with arguments: what they change, and what a mistake costs."""
 
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,29 @@ def test_arguments_configure_a_bot(checkout, emoji_model):
         assert len(response.text) == 3
         response = requests.post("http://localhost:8000/?prompt=x&max_new_tokens=4")
         assert response.status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("bot", "client", "url"),
+    [("textbot", "stream", "http://localhost:8000/"), ("chatbot", "chat", "ws://localhost:8000/")],
+)
+def test_a_client_that_is_early_says_so_and_waits(checkout, loaded, bot, client, url):
+    command = [sys.executable, f"clients/{client}_client.py"]
+    command += ["Hello!"] if client == "stream" else []
+    with subprocess.Popen(
+        command,
+        cwd=checkout,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as early:
+        waiting = f"waiting up to 60 s for {url} (Ctrl-C leaves)\n"
+        assert early.stderr.readline() == waiting  # before the bot is even started
+        with serve_run(checkout, f"{bot}:app"):
+            printed, problems = early.communicate("Hello!\n", timeout=HANG_S)
+    assert printed == reference(loaded, ["Hello!"], 256) + "\n"
+    assert (problems, early.returncode) == ("", 0)
 
 
 def test_the_config_for_haproxy_answers_this_machine_only(checkout, loaded):

@@ -1,0 +1,173 @@
+"""Ask a bot many prompts at once, and watch how their replies grow.
+
+python clients/load_client.py --number 8
+python clients/load_client.py --url ws://localhost:8000/ "Hello!" "Tell me a joke."
+"""
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+from chat_client import CHAT_V1, ReplyError
+from chat_client import ask as ask_over_websocket
+from huggingface_hub import try_to_load_from_cache
+from reaching import add_options, authorization, printable, wait_until_ready
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from stream_client import Refused
+from stream_client import ask as ask_over_http
+from tokenizers import Tokenizer
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+PROMPTS = ["Tell me a story about dogs.", "Tell me a joke.", "Space the final", "Hello!"]
+EMBEDDED = Path(__file__).parent.parent / "models" / "tiny-dialog"
+LINES = 3  # of a reply that are shown, its last
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and what becomes of it; times are in seconds of time.monotonic()."""
+
+    prompt: str
+    text: str = ""
+    asked: float | None = None
+    first: float | None = None
+    ended: float | None = None
+    outcome: str = ""
+
+    def run(self, options: argparse.Namespace, headers: dict[str, str], delay: float) -> None:
+        """Ask, and keep what comes."""
+        time.sleep(delay)
+        self.asked = time.monotonic()
+        try:
+            for piece in ask(options, headers, self.prompt):
+                self.first = self.first or (time.monotonic() if piece else None)
+                self.text += piece
+            self.outcome = "finished"
+        except (Refused, InvalidStatus):
+            self.outcome = "refused"
+        except ReplyError as error:
+            self.outcome = str(error)
+        except Exception as error:  # whatever it is, it is this row's outcome
+            self.outcome = f"failed: {type(error).__name__}"
+        self.ended = time.monotonic()
+
+    @property
+    def state(self) -> str:
+        if self.outcome:
+            return self.outcome
+        return "replying" if self.first else "waiting" if self.asked else ""
+
+
+def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> Iterator[str]:
+    """A reply, piece by piece, over HTTP or over a WebSocket."""
+    if not options.url.startswith("ws"):
+        yield from ask_over_http(options.url, {"prompt": prompt}, headers)
+        return
+    with connect(options.url, subprotocols=[CHAT_V1], additional_headers=headers) as websocket:
+        yield from ask_over_websocket(websocket, prompt, options.end_of_response)
+
+
+def token_counter(model: str) -> Callable[[str], int] | None:
+    """How many tokens of a model a text has, if its tokenizer.json is on this machine."""
+    folder = EMBEDDED if model == EMBEDDED.name else Path(model)
+    file = str(folder / "tokenizer.json")
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(model, "tokenizer.json")
+        except ValueError:  # no hub id
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = cached
+    try:
+        tokenizer = Tokenizer.from_file(file)
+    except Exception:  # what tokenizers raises for a file that is not there, or none of its own
+        return None
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: int) -> Table:
+    """The rows as they are now, with at most so many characters of each reply, its last."""
+    table = Table(title=Text(title), title_justify="left", expand=True)
+    table.add_column("prompt", max_width=28, no_wrap=True, overflow="ellipsis")
+    table.add_column("reply", ratio=1, overflow="fold")
+    table.add_column("first", justify="right", min_width=7)
+    table.add_column("tokens/s", justify="right")
+    table.add_column("", min_width=8)
+    for row in rows:
+        shown = row.text if len(row.text) <= room else "…" + row.text[1 - room :]
+        first = f"{(row.first - row.asked) * 1000:.0f} ms" if row.first and row.asked else ""
+        # As Text, so that nothing in it is taken for rich's markup.
+        words = [Text(printable(part)) for part in (row.prompt, shown)]
+        table.add_row(*words, first, speed(row, count), Text(row.state))
+    return table
+
+
+def speed(row: Row, count: Callable[[str], int] | None) -> str:
+    """Tokens a second after the first token, of a reply that is there."""
+    if count is None or row.first is None or row.ended is None or row.ended == row.first:
+        return ""
+    return f"{(count(row.text) - 1) / (row.ended - row.first):.0f}"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Ask many prompts at once.")
+    parser.add_argument("prompts", nargs="*", metavar="prompt", help="several, or those built in")
+    parser.add_argument("--number", type=int, help="of prompts; those given, again and again")
+    parser.add_argument(
+        "--apart", type=float, default=0, metavar="SECONDS", help="between one prompt and the next"
+    )
+    parser.add_argument("--end-of-response", default="<>", help="a plain Chatbot's marker")
+    add_options(parser, "http://localhost:8000/")
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
+    prompts = options.prompts or PROMPTS
+    rows = [Row(prompt) for prompt in islice(cycle(prompts), options.number or len(prompts))]
+    headers = authorization(options)
+    try:
+        model = wait_until_ready(options)
+        watch(rows, options, headers, model)
+    except KeyboardInterrupt:
+        print()
+    sys.exit(any(row.outcome != "finished" for row in rows))
+
+
+def watch(
+    rows: list[Row], options: argparse.Namespace, headers: dict[str, str], model: str
+) -> None:
+    """Ask all, and show the rows until the last has ended."""
+    console = Console()
+    room = max(1, console.width - 68) * LINES if console.is_terminal else sys.maxsize
+    title, count = f"{options.url} {model}", token_counter(model)
+    # They end with this program, which Ctrl-C may end first.
+    threads = [
+        threading.Thread(
+            target=row.run, args=(options, headers, number * options.apart), daemon=True
+        )
+        for number, row in enumerate(rows)
+    ]
+    with Live(
+        get_renderable=lambda: draw(rows, title, count, room),
+        console=console,
+        refresh_per_second=20,
+    ):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+if __name__ == "__main__":
+    main()

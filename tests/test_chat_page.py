@@ -1,0 +1,322 @@
+"""The chat page in a real Chromium, on a real Serve."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from ray import serve
+from running_bots import (
+    CHAT_MAX_NEW_TOKENS,
+    EMOJI_PROMPT,
+    EMOJI_REPLY,
+    HANG_S,
+    KEY,
+    WITH_KEY,
+    Bot,
+    Bots,
+    reference,
+)
+from websockets.sync.client import connect
+
+HELLO, STORY = "Hello!", "Tell me a story about dogs."
+RECORD_STATES = """
+states = [];
+new MutationObserver(() => states.push(document.all.state.dataset.is))
+  .observe(document.all.state, {attributes: true});
+"""
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser(bots: Bots) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A tab of its own, in whose console nothing may be wrong."""
+    page = new_page(browser)
+    yield page
+    page.context.close()
+    assert page.problems == []
+
+
+def new_page(browser: Browser, **options: object) -> Page:
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(HANG_S * 1000)
+    expect.set_options(timeout=HANG_S * 1000)
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda line: note_problem(page, line))
+    return page
+
+
+def note_problem(page: Page, line: object) -> None:
+    if line.type in ("error", "warning"):
+        page.problems.append(line.text)
+
+
+@pytest.fixture
+def chatbot(bots: Bots) -> Bot:
+    bots.chatbot.gate.open()
+    return bots.chatbot
+
+
+def visit(page: Page, bot: Bot) -> None:
+    page.goto(bot.http)
+    expect(page.get_by_role("status")).to_have_text("ready")
+
+
+def say(page: Page, prompt: str) -> None:
+    page.get_by_label("Your message").fill(prompt)
+    page.get_by_role("button", name="Send").click()
+
+
+def last_reply(page: Page):
+    return page.locator(".reply").last
+
+
+def last_note(page: Page):
+    return page.locator(".note").last
+
+
+def test_a_reply_appears_word_by_word_with_its_speed_and_the_models_name(page, chatbot, loaded):
+    chatbot.gate.hold_after(3)
+    visit(page, chatbot)
+    expect(page.get_by_role("heading")).to_have_text("tiny-dialog")
+    say(page, STORY)
+    expect(last_reply(page)).to_have_text(reference(loaded, [STORY], 3))
+    expect(page.get_by_role("status")).to_have_text("replying")
+    chatbot.gate.wait("step", 4)
+    assert chatbot.gate.count("step") == 4  # the model stands before its fourth token
+    expect(page.locator("#spoken")).to_be_empty()
+    chatbot.gate.release()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    story = reference(loaded, [STORY], CHAT_MAX_NEW_TOKENS)
+    expect(page.get_by_role("log")).to_contain_text(story)
+    expect(page.locator("#spoken")).to_have_text(story)  # whole, to a screen reader
+    expect(page.get_by_role("group", name="tiny-dialog")).to_have_text(story)
+    tokens = len(loaded.tokenizer(story + loaded.tokenizer.eos_token)["input_ids"])
+    assert last_note(page).inner_text().startswith(f"{tokens} tokens, ")
+    assert last_note(page).inner_text().endswith(" tokens/s")
+
+
+def test_stop_ends_the_reply_and_keeps_the_conversation(page, chatbot, loaded):
+    chatbot.gate.hold_after(3)
+    visit(page, chatbot)
+    say(page, STORY)
+    began = reference(loaded, [STORY], 3)
+    expect(last_reply(page)).to_have_text(began)
+    chatbot.gate.wait("step", 4)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert last_note(page).inner_text().endswith(", stopped")
+    chatbot.gate.release()
+    chatbot.gate.wait("cancelled", 1)
+    say(page, HELLO)
+    turns = [STORY, began, HELLO]
+    expect(last_reply(page)).to_have_text(reference(loaded, turns, CHAT_MAX_NEW_TOKENS))
+
+
+def test_who_waits_for_others_sees_how_many(page, chatbot):
+    chatbot.gate.hold_after(0)
+    visit(page, chatbot)
+    with connect(chatbot.ws) as other:
+        other.send(HELLO)
+        chatbot.gate.wait("step", 1)
+        say(page, HELLO)
+        expect(page.get_by_role("status")).to_have_text("waiting for its turn, 1 ahead")
+        chatbot.gate.release()
+        expect(page.get_by_role("status")).to_have_text("ready")
+
+
+def test_two_tabs_have_two_conversations(page, browser, chatbot, loaded):
+    other = new_page(browser)
+    for tab, name in ((page, "Anna"), (other, "Ben")):
+        visit(tab, chatbot)
+        say(tab, f"My name is {name}.")
+        expect(tab.get_by_role("status")).to_have_text("ready")
+    for tab, name in ((page, "Anna"), (other, "Ben")):
+        turns = [f"My name is {name}."]
+        turns += [reference(loaded, turns, CHAT_MAX_NEW_TOKENS), "What is my name?"]
+        say(tab, turns[-1])
+        expect(last_reply(tab)).to_have_text(reference(loaded, turns, CHAT_MAX_NEW_TOKENS))
+    other.context.close()
+    assert other.problems == []
+
+
+def test_after_a_restart_it_connects_again_and_says_that_the_conversation_is_new(
+    browser, chatbot, loaded
+):
+    page = new_page(browser)  # whose console does tell of the connections that fail meanwhile
+    # Serve's handle does not answer where Playwright's event loop runs.
+    with ThreadPoolExecutor(1) as thread:
+        handle = serve.get_app_handle("chatbot")
+        process = thread.submit(lambda: handle.process.remote().result()).result()
+    chatbot.gate.hold_after(3)
+    visit(page, chatbot)
+    say(page, STORY)
+    expect(last_reply(page)).to_have_text(reference(loaded, [STORY], 3))
+    page.evaluate(RECORD_STATES)
+    os.kill(process, signal.SIGKILL)
+    expect(page.locator(".note", has_text="broken off")).to_have_count(1)
+    chatbot.gate.wait("started", 1)
+    chatbot.gate.open()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    expect(last_note(page)).to_contain_text("The conversation begins anew")
+    states = page.evaluate("states")
+    assert "disconnected" in states
+    assert states[-2:] == ["connecting", "ready"]
+    say(page, HELLO)
+    expect(last_reply(page)).to_have_text(reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS))
+    page.context.close()
+
+
+def test_markup_is_text_in_prompts(page, chatbot):
+    visit(page, chatbot)
+    markup = "<img src=x onerror=\"document.title='hacked'\"><b>Hi</b>"
+    say(page, markup)
+    expect(page.locator(".mine")).to_have_text(markup)
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert page.locator("#log :is(img, b)").count() == 0
+    assert page.title() == "tiny-dialog"
+
+
+def test_with_a_key_it_asks_for_it_and_markup_is_text_in_replies(browser, bots: Bots):
+    bots.emoji_chatbot.gate.open()
+    page = new_page(browser)  # whose console does tell of the key that is refused
+    page.goto(bots.emoji_chatbot.http)
+    expect(page.get_by_role("status")).to_have_text("disconnected: it needs a key")
+    expect(page.get_by_label("API key")).to_be_focused()
+    for key, state in (("wrong 🔑", "disconnected: the key was refused"), (KEY, "ready")):
+        page.keyboard.type(key)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_have_text(state)
+    say(page, EMOJI_PROMPT)
+    expect(last_reply(page)).to_have_text(EMOJI_REPLY)
+    assert page.locator("#log b").count() == 0
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [
+        0,
+        0,
+        "",
+    ]
+    page.reload()  # the key was in memory only
+    expect(page.get_by_role("status")).to_have_text("disconnected: it needs a key")
+    page.context.close()
+
+
+def test_a_keyboard_is_enough(page, chatbot, loaded):
+    chatbot.gate.hold_after(2)
+    visit(page, chatbot)
+    expect(page.get_by_label("Your message")).to_be_focused()
+    page.keyboard.type("Hello!")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("Are you there?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".mine")).to_have_text("Hello!\nAre you there?")
+    chatbot.gate.wait("step", 3)
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Stop")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_have_text("ready")
+    expect(page.get_by_label("Your message")).to_be_focused()
+    page.keyboard.type("Hello!")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_have_text("replying")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("status")).to_have_text("ready")
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_role("log")).to_be_focused()  # which the arrow keys scroll
+
+
+def test_a_blank_message_is_not_sent_and_one_that_is_too_long_is_answered(page, chatbot, loaded):
+    visit(page, chatbot)
+    page.keyboard.type("  ")
+    page.keyboard.press("Enter")
+    expect(page.locator(".mine")).to_have_count(0)
+    say(page, "word " * 400)
+    expect(page.get_by_role("status")).to_have_text("ready")
+    expect(last_note(page)).to_contain_text("the prompt has 403 tokens")
+    say(page, HELLO)
+    expect(last_reply(page)).to_have_text(reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS))
+
+
+def test_the_query_says_how_replies_are_written(page, chatbot, loaded):
+    page.goto(f"{chatbot.http}?max_new_tokens=4")
+    say(page, STORY)
+    expect(last_reply(page)).to_have_text(reference(loaded, [STORY], 4))
+    expect(last_note(page)).to_contain_text("ended at the limit")
+    refused = requests.get(f"{chatbot.http}?temperature=9", timeout=HANG_S)
+    assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (
+        422,
+        ["query", "temperature"],
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_suits_light_and_dark(browser, chatbot, scheme):
+    page = new_page(browser, viewport={"width": 360, "height": 640}, color_scheme=scheme)
+    visit(page, chatbot)
+    say(page, "A" * 200)
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate("document.querySelector('#log').scrollWidth") <= 360
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+    page.context.close()
+    assert page.problems == []
+
+
+def test_it_follows_what_is_written_unless_somebody_scrolls_up(browser, chatbot):
+    page = new_page(browser, viewport={"width": 360, "height": 400})
+    visit(page, chatbot)
+    for _ in range(3):
+        say(page, STORY)
+        expect(page.get_by_role("status")).to_have_text("ready")
+    left = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.all.log)"
+    assert page.evaluate(left) < 2
+    chatbot.gate.hold_after(3)
+    say(page, STORY)
+    chatbot.gate.wait("step", 4)
+    page.evaluate("document.all.log.scrollTop = 0")
+    chatbot.gate.release()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert page.evaluate("document.all.log.scrollTop") == 0
+    page.context.close()
+    assert page.problems == []
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_page_is_there_without_the_key_and_nothing_else_is(bots: Bots, method):
+    response = requests.request(method, bots.emoji_chatbot.http, timeout=HANG_S)
+    assert (response.status_code, response.headers["WWW-Authenticate"]) == (200, "Bearer")
+    assert response.headers["X-Model"]
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for bot, headers in ((bots.chatbot, {}), (bots.emoji_chatbot, WITH_KEY)):
+        response = requests.request(method, bot.http, headers=headers, timeout=HANG_S)
+        assert "WWW-Authenticate" not in response.headers
+    for path in ("docs", "openapi.json"):
+        refused = requests.request(method, bots.emoji_chatbot.http + path, timeout=HANG_S)
+        assert refused.status_code == 401
+    assert requests.post(bots.emoji_chatbot.http, timeout=HANG_S).status_code == 401
+
+
+def test_a_bot_that_is_full_is_asked_less_often_and_its_reason_shown(browser, chatbot):
+    page = new_page(browser)
+    page.route_web_socket("**", lambda socket: socket.close(code=1013, reason="too many chats"))
+    page.goto(chatbot.http)
+    expect(page.get_by_role("status")).to_have_text("disconnected: too many chats")
+    assert page.evaluate("tries") > page.evaluate("RETRY_MS.length")
+    page.context.close()
+    assert page.problems == []
