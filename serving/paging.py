@@ -34,7 +34,7 @@ def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingMan
         page_size=PAGE_SIZE,
         max_batch_tokens=MAX_STEP_TOKENS,
         max_requests_per_batch=MAX_ROWS,
-        allow_block_sharing=False,  # between prompts that begin alike: short ones gain nothing
+        allow_block_sharing=True,  # prompts that begin alike, as with a system prompt, do so once
     )
     if model.device.type == "cpu":
         # By default it would take most of the memory, and each step would cost accordingly.

@@ -16,10 +16,12 @@ from running_bots import (
     http_reply,
     reference,
 )
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from serving import paging
 from serving.encoding import encode
+from serving.loading import LoadedModel
 
 PROMPTS = [
     "Hi",
@@ -124,18 +126,49 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
     tokens, prompts = 60, PROMPTS * 2
     manager = paging.start_manager(loaded.model, context=128)
     assert manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE == 128
-    for number, prompt in enumerate(prompts):
-        ids = encode([{"role": "user", "content": prompt}], loaded.tokenizer, 200)
-        manager.add_request(ids, str(number), tokens, sampler=None)
+    replies = replies_of(manager, loaded, [[prompt] for prompt in prompts], tokens)
+    manager.stop()
+    assert any(offloaded)
+    assert replies == [reference(loaded, [prompt], tokens) for prompt in prompts]
+
+
+def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded):
+    system = "You are a friendly and patient assistant who knows a lot about the sea. " * 6
+    conversations = [[system, prompt] for prompt in PROMPTS]
+    computed = []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda model, arguments, options: computed.append(options["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    manager = paging.start_manager(loaded.model, context=512)
+    replies = replies_of(manager, loaded, conversations[:1], 8)
+    first = sum(computed)
+    replies += replies_of(manager, loaded, conversations[1:], 8)
+    manager.stop()
+    hook.remove()
+    assert replies == [reference(loaded, turns, 8) for turns in conversations]
+    assert sum(computed) - first < 2 * first  # and those are three prompts
+
+
+def replies_of(
+    manager: ContinuousBatchingManager,
+    loaded: LoadedModel,
+    conversations: list[list[str]],
+    tokens: int,
+) -> list[str]:
+    """The replies to conversations, which are written together."""
+    for number, turns in enumerate(conversations):
+        roles = ("system", "user")[-len(turns) :]
+        messages = [
+            {"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)
+        ]
+        input_ids = encode(messages, loaded.tokenizer, 400)
+        manager.add_request(input_ids, str(number), tokens, sampler=None)
     replies: dict[str, str] = {}
-    while len(replies) < len(prompts):
+    while len(replies) < len(conversations):
         output = manager.get_result(timeout=60)
         assert output is not None and output.error is None
         replies[output.request_id] = loaded.tokenizer.decode(
             output.generated_tokens, skip_special_tokens=True
         )
-    manager.stop()
-    assert any(offloaded)
-    assert [replies[str(number)] for number in range(len(prompts))] == [
-        reference(loaded, [prompt], tokens) for prompt in prompts
-    ]
+    return [replies[str(number)] for number in range(len(conversations))]
