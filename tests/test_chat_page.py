@@ -262,6 +262,13 @@ def test_the_query_says_how_replies_are_written(page, chatbot, loaded):
     )
 
 
+def test_its_address_needs_no_slash_at_the_end(page, chatbot, loaded):
+    page.goto(chatbot.http.rstrip("/"))
+    expect(page.get_by_role("status")).to_have_text("ready")
+    say(page, HELLO)
+    expect(last_reply(page)).to_have_text(reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_suits_light_and_dark(browser, chatbot, scheme):
     page = new_page(browser, viewport={"width": 360, "height": 640}, color_scheme=scheme)
