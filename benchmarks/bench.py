@@ -59,7 +59,7 @@ class InProcess:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 def progress(text: str) -> None:

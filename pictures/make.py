@@ -5,6 +5,7 @@ Needs Chromium, port 8000, and the extra `test`.
 
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
-from rich.console import Console
+from rich.console import CONSOLE_SVG_FORMAT, Console
 
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER.parent / name) for name in ("clients", "benchmarks")]
@@ -28,6 +29,9 @@ URL = "http://127.0.0.1:8000/"
 MODEL = "tiny-dialog"
 APART_S = 0.06  # from one prompt to the next
 WIDTH = 110  # characters of a line
+SVG_FORMAT = re.sub(
+    r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL
+)  # no fonts of others
 ROOM = 76  # characters of a reply, for two lines
 CHAT = ["Hi, my name is Anna.", "What is my name?", "Tell me a story about dogs."]
 
@@ -81,7 +85,8 @@ def draw_load(bot: str) -> None:
             thread.join()
         console.print(draw(rows, "at the end", count, ROOM))
     command = f"python clients/load_client.py --apart {APART_S}"
-    console.save_svg(str(FOLDER / f"load-{bot}.svg"), title=f"{bot}: {command}")
+    title, place = f"{bot}: {command}", str(FOLDER / f"load-{bot}.svg")
+    console.save_svg(place, title=title, code_format=SVG_FORMAT)
 
 
 def main() -> None:

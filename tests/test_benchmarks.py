@@ -75,10 +75,9 @@ def test_the_load_command_prints_a_summary(bots: Bots):
 
 def test_what_is_measured_in_process_waits_to_be_asked():
     options = argparse.Namespace(dtype="float32", cpus=1, tokens=4)
-    limit = bench.InProcess("generate", REPOSITORY / "models" / EMBEDDED, options)
-    assert limit.measure(1) > 0
-    assert limit.measure(3) > 0
-    limit.end()
+    with bench.InProcess("generate", REPOSITORY / "models" / EMBEDDED, options) as limit:
+        assert limit.measure(1) > 0
+        assert limit.measure(3) > 0
     assert limit.process.returncode is not None
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from reaching import printable
 from running_bots import (
     CHAT_MAX_NEW_TOKENS,
     EMOJI_PROMPT,
@@ -289,6 +290,10 @@ def test_a_reader_who_has_had_enough_is_no_error(bots: Bots, script):
         f"{ask} | head -c 4", shell=True, cwd=REPOSITORY, capture_output=True, timeout=HANG_S
     )
     assert (len(ran.stdout), ran.stderr) == (4, b"")
+
+
+def test_what_a_model_writes_cannot_command_a_terminal():
+    assert printable("\x1b]0;title\x07żółw\n\t🐢\x9b2J") == "]0;titleżółw\n\t🐢2J"
 
 
 def test_a_refusal_is_one_line_and_status_1(bots: Bots):

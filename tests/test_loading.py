@@ -72,6 +72,7 @@ def test_replies_are_greedy_whatever_the_generation_config_says(copy_of_model, c
     others = {"max_length": 3, "repetition_penalty": 9.0, "stop_strings": ["!"], "num_beams": 2}
     path.write_text(json.dumps(config | sampling | others))
     caplog.clear()
+    caplog.set_level(logging.WARNING)
     assert reply(str(copy_of_model)) == EMOJI_REPLY
     assert not caplog.records
 
