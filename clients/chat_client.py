@@ -47,8 +47,11 @@ def ask(
 
 def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
     """Print it as it comes; return whether it came."""
+    ending = ""
 
     def stop() -> None:
+        nonlocal ending
+        ending = " (stopped)"
         with suppress(WebSocketException):  # who reads the reply learns of it, too
             websocket.send(STOP)
 
@@ -56,7 +59,7 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
         try:
             for text in ask(websocket, prompt, marker, print_ahead) if prompt.strip() else ():
                 show(text)
-            print(flush=True)
+            print(ending, flush=True)
             return True
         except ReplyError as error:
             print(flush=True)

@@ -102,7 +102,7 @@ def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: 
     table.add_column("reply", ratio=1, overflow="fold")
     table.add_column("first", justify="right", min_width=7)
     table.add_column("tokens/s", justify="right")
-    table.add_column("", min_width=8)
+    table.add_column("state", min_width=8)
     for row in rows:
         shown = row.text if len(row.text) <= room else "…" + row.text[1 - room :]
         first = f"{(row.first - row.asked) * 1000:.0f} ms" if row.first and row.asked else ""

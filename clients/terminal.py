@@ -1,5 +1,6 @@
 """What makes a terminal pleasant to chat in, so that chat_client.py need not be about it."""
 
+import re
 import signal
 import sys
 import threading
@@ -53,7 +54,13 @@ def prompts() -> Iterator[str | None]:
             return
         if typed.strip() == "/quit":
             return
-        yield None if typed.strip() == "/reset" else typed
+        if typed.strip() == "/reset":
+            print("(a new conversation)", file=sys.stderr)
+            yield None
+        elif re.fullmatch(r"/\w+", typed.strip()):
+            print(HELP, file=sys.stderr)
+        else:
+            yield typed
 
 
 @contextmanager

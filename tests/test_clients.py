@@ -144,8 +144,13 @@ def test_reset_begins_a_new_conversation(bots: Bots, loaded):
     assert "Anna" not in forgotten
     terminal.type(f"{told}\r")
     terminal.expect(f"{top}> {told}\n{answer}\n>")
-    terminal.type(f"/reset\r{asked}\r")
-    terminal.expect(f"{top}> {told}\n{answer}\n> /reset\n> {asked}\n{forgotten}\n>")
+    terminal.type("/reset\r")
+    again = f"{top}> {told}\n{answer}\n> /reset\n(a new conversation)\n>"
+    terminal.expect(again)
+    terminal.type(f"{asked}\r")
+    terminal.expect(f"{again} {asked}\n{forgotten}\n>")
+    terminal.type("/rest\r")
+    terminal.expect(f"{again} {asked}\n{forgotten}\n> /rest\n{HELP}\n>")
     terminal.type("\x04")
     assert terminal.end() == 0
 
@@ -159,12 +164,12 @@ def test_ctrl_c_in_a_reply_stops_it_and_the_conversation_goes_on(bots: Bots, loa
     terminal.expect(f"{top}> {STORY}\n{began}")
     gate.wait("step", 4)
     terminal.type("\x03")
-    terminal.expect(f"{top}> {STORY}\n{began}^C\n>")
+    terminal.expect(f"{top}> {STORY}\n{began}^C (stopped)\n>")
     gate.release()
     gate.wait("cancelled", 1)
     terminal.type("Hello!\r")
     reply = reference(loaded, [STORY, began, "Hello!"], CHAT_MAX_NEW_TOKENS)
-    terminal.expect(f"{top}> {STORY}\n{began}^C\n> Hello!\n{reply}\n>")
+    terminal.expect(f"{top}> {STORY}\n{began}^C (stopped)\n> Hello!\n{reply}\n>")
     terminal.type("\x03")
     assert terminal.end() == 0
 
