@@ -144,6 +144,21 @@ def main() -> None:
     sys.exit(any(row.outcome != "finished" for row in rows))
 
 
+def start(
+    rows: list[Row], options: argparse.Namespace, headers: dict[str, str]
+) -> list[threading.Thread]:
+    """Ask all, each in a thread, which ends with this program; Ctrl-C may end that first."""
+    threads = [
+        threading.Thread(
+            target=row.run, args=(options, headers, number * options.apart), daemon=True
+        )
+        for number, row in enumerate(rows)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def watch(
     rows: list[Row], options: argparse.Namespace, headers: dict[str, str], model: str
 ) -> None:
@@ -151,21 +166,12 @@ def watch(
     console = Console()
     room = max(1, console.width - 68) * LINES if console.is_terminal else sys.maxsize
     title, count = f"{options.url} {model}", token_counter(model)
-    # They end with this program, which Ctrl-C may end first.
-    threads = [
-        threading.Thread(
-            target=row.run, args=(options, headers, number * options.apart), daemon=True
-        )
-        for number, row in enumerate(rows)
-    ]
     with Live(
         get_renderable=lambda: draw(rows, title, count, room),
         console=console,
         refresh_per_second=20,
     ):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        for thread in start(rows, options, headers):
             thread.join()
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from rich.console import CONSOLE_SVG_FORMAT, Console
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER.parent / name) for name in ("clients", "benchmarks")]
 
-from load_client import PROMPTS, Row, draw, token_counter  # noqa: E402
+from load_client import PROMPTS, Row, draw, start, token_counter  # noqa: E402
 from load_client import parser as load_options  # noqa: E402
 from servers import our_bot  # noqa: E402
 
@@ -66,17 +65,12 @@ def photograph_page() -> None:
 
 def draw_load(bot: str) -> None:
     """The load client at a bot: when the first reply has ended, and at the end."""
-    options = load_options().parse_args(["--url", URL])
+    options = load_options().parse_args(["--url", URL, "--apart", str(APART_S)])
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     with running(bot):
         Row("Hello!").run(options, {}, 0)  # what a first request costs is not the subject
         rows = [Row(prompt) for prompt in PROMPTS]
-        threads = [
-            threading.Thread(target=row.run, args=(options, {}, number * APART_S))
-            for number, row in enumerate(rows)
-        ]
-        for thread in threads:
-            thread.start()
+        threads = start(rows, options, {})
         while not any(row.outcome for row in rows):
             time.sleep(0.001)
         count = token_counter(MODEL)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from functools import cache
 from pathlib import Path
 
 from fastapi.responses import HTMLResponse
@@ -23,17 +24,21 @@ def content_security_policy(html: str) -> str:
     )
 
 
+@cache
+def read_page() -> tuple[str, dict[str, str]]:
+    """The page and its headers, which are the same for every browser."""
+    html = PAGE.read_text(encoding="utf-8")
+    return html, {
+        "Content-Security-Policy": content_security_policy(html),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
 class ChatPage(HTMLResponse):
     """`clients/chat.html`."""
 
     def __init__(self) -> None:
-        html = PAGE.read_text(encoding="utf-8")
-        super().__init__(
-            html,
-            headers={
-                "Content-Security-Policy": content_security_policy(html),
-                "Cache-Control": "no-cache",
-                "Referrer-Policy": "no-referrer",
-                "X-Content-Type-Options": "nosniff",
-            },
-        )
+        html, headers = read_page()
+        super().__init__(html, headers=headers)
