@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -22,6 +23,7 @@ from serving.page import ChatPage
 from serving.prompts import ReplyOptions, read_options
 from serving.responses import HTTP
 from serving.sampling import SampleRows
+from serving.scaling import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S, Drain
 from serving.streaming import ReplyStreamer
 from serving.wire import Limits, choose_wire
 
@@ -35,8 +37,13 @@ fastapi_app = FastAPI(title="Chatbot", **HTTP)
 
 # An open socket counts as one request, also while nobody speaks. Over Serve's limit a handshake
 # would hang, and over a limit of its queue fail with a 500, so the Chatbot counts for itself and
-# says 1013, try again later; Serve's limit leaves room for those that are being told.
-@serve.deployment(max_ongoing_requests=2 * MAX_CHATS)
+# says 1013, try again later; Serve's limit leaves room for those that are being told. A replica
+# that Serve stops finishes its replies and closes its sockets, and needs the time to do so.
+@serve.deployment(
+    max_ongoing_requests=2 * MAX_CHATS,
+    health_check_period_s=HEALTH_CHECK_PERIOD_S,
+    graceful_shutdown_timeout_s=LONGEST_REPLY_S,
+)
 @serve.ingress(fastapi_app)
 class Chatbot:
     """Keeps one conversation per connection; replies to one prompt at a time, others wait."""
@@ -60,6 +67,7 @@ class Chatbot:
         self.access = access or Access()
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
         self.free_places = MAX_CHATS
+        self.drain = Drain()
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)
         logger.info(f"{self.model_name} is ready")
@@ -81,7 +89,8 @@ class Chatbot:
         """Receive prompts and stream replies, until the client leaves."""
         ends = self.model.generation_config.eos_token_id or []
         wire = choose_wire(ws, self.limits, options, self.end_of_response, ends)
-        chat = Chat(wire, lambda stop: ReplyStreamer(self.tokenizer, stop), self.metrics)
+        new_streamer = partial(ReplyStreamer, self.tokenizer)
+        chat = Chat(wire, new_streamer, self.metrics, self.drain.begun)
         if not self.free_places:
             await chat.refuse("too many chats are open")
             return
@@ -134,8 +143,13 @@ class Chatbot:
             streamer.cancel()
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        """Called by Serve: what an autoscaling policy may count."""
+        return {"replies": self.model_thread.in_progress()}
+
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
+        self.drain.health_was_asked()
         self.model_thread.check()
 
 

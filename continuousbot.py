@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from serving.access import Access
-from serving.arguments import BotArguments
+from serving.arguments import ContinuousbotArguments
 from serving.continuous import ContinuousBatch
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
@@ -97,7 +97,7 @@ class Continuousbot:
         self.batch.check()
 
 
-def build(args: BotArguments) -> Application:
+def build(args: ContinuousbotArguments) -> Application:
     """`serve run continuousbot:build model=./my-model max_new_tokens=64`."""
     return Continuousbot.options(**args.deployment_options()).bind(**args.constructor_arguments())
 

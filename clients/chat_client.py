@@ -17,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 CHAT_V1 = Subprotocol("chat.v1")
+RESTARTING = 1012  # a close code: this replica ends, and has not answered; another one will
 STOP = json.dumps({"type": "stop"})
 
 
@@ -82,12 +83,24 @@ def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
                 connect(options.url, subprotocols=[CHAT_V1], additional_headers=headers)
             )
 
+        def begin_again() -> ClientConnection:
+            print("(connected again: a new conversation)", file=sys.stderr)
+            return begin()
+
         websocket = begin()
         for prompt in prompts():
             if prompt is None:  # a new conversation is a new connection
                 websocket.close()
                 websocket = begin()
-            else:
+                continue
+            if websocket.close_code is not None:  # while nothing was asked
+                websocket = begin_again()
+            try:
+                well &= print_reply(websocket, prompt, options.end_of_response)
+            except ConnectionClosed as closed:
+                if closed.rcvd is None or closed.rcvd.code != RESTARTING:
+                    raise
+                websocket = begin_again()
                 well &= print_reply(websocket, prompt, options.end_of_response)
     return well
 

@@ -12,6 +12,7 @@ from serving.encoding import begin, encode, reply_limit
 from serving.loading import check_model
 from serving.locating import EMBEDDED, ModelError
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
+from serving.scaling import LONGEST_REPLY_S
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
 DEFAULT_BATCH_SIZE = 16
@@ -56,12 +57,20 @@ class BotArguments(Access):
         default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
     )
 
+    def autoscaling_config(self) -> dict[str, Any]:
+        """For `num_replicas=auto`: one reply is written at a time, and one may wait."""
+        return {"target_ongoing_requests": 2}
+
     def deployment_options(self) -> dict[str, Any]:
         """For `Deployment.options`."""
-        return {
+        options: dict[str, Any] = {
             "num_replicas": self.num_replicas,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
         }
+        if self.num_replicas == "auto":
+            options["autoscaling_config"] = self.autoscaling_config()
+            options["graceful_shutdown_timeout_s"] = LONGEST_REPLY_S  # no downscale cuts one
+        return options
 
     def constructor_arguments(self) -> dict[str, Any]:
         """For `Deployment.bind`, checked as far as that is possible before anything is deployed.
@@ -101,6 +110,11 @@ class ChatbotArguments(BotArguments):
         description="The marker that follows each reply in a frame of its own.",
     )
 
+    def autoscaling_config(self) -> dict[str, Any]:
+        """Replies count, not open sockets."""
+        policy = {"policy_function": "serving.scaling:replies_in_progress"}
+        return super().autoscaling_config() | {"policy": policy}
+
     def constructor_arguments(self) -> dict[str, Any]:
         return super().constructor_arguments() | {"end_of_response": self.end_of_response}
 
@@ -118,7 +132,17 @@ class BatchSettings(BaseModel, extra="forbid"):
     )
 
 
+class ContinuousbotArguments(BotArguments):
+    def autoscaling_config(self) -> dict[str, Any]:
+        """Half of its places."""
+        return {"target_ongoing_requests": 16}
+
+
 class BatchbotArguments(BotArguments, BatchSettings):
+    def autoscaling_config(self) -> dict[str, Any]:
+        """A full batch."""
+        return {"target_ongoing_requests": self.max_batch_size}
+
     def deployment_options(self) -> dict[str, Any]:
         settings = self.model_dump(include=set(BatchSettings.model_fields))
         return super().deployment_options() | {"user_config": settings}

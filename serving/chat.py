@@ -13,7 +13,7 @@ from serving.metrics import BotMetrics
 from serving.model_thread import TooManyWaiting
 from serving.prompts import TextRequest
 from serving.streaming import ReplyStreamer
-from serving.wire import REFUSALS, Wire, close
+from serving.wire import REFUSALS, Restarting, Wire, close
 
 MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
 NOTHING = TextRequest.model_construct(prompt="", max_new_tokens=0)  # asked by a bad frame
@@ -38,12 +38,14 @@ class Chat:
         wire: Wire,
         new_streamer: Callable[[Sequence[str]], ReplyStreamer],  # from stop strings
         metrics: BotMetrics,
+        draining: asyncio.Event,  # set when this replica is to be no longer
     ) -> None:
         self.wire = wire
         self.ws = wire.ws
         self.new_streamer = new_streamer
         self.metrics = metrics
-        self.prompts: asyncio.Queue[Prompt] = asyncio.Queue()
+        self.draining = draining
+        self.prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()  # None: no more are answered
         self.unanswered: list[Prompt] = []
 
     @asynccontextmanager
@@ -56,6 +58,7 @@ class Chat:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.read_prompts())
+                tasks.create_task(self.end_when_draining())
                 yield
         except* WebSocketDisconnect:
             pass
@@ -100,10 +103,18 @@ class Chat:
             self.unanswered.append(prompt)
             self.prompts.put_nowait(prompt)
 
+    async def end_when_draining(self) -> None:
+        """Have the prompts that are there answered, and then the socket closed."""
+        await self.draining.wait()
+        self.prompts.put_nowait(None)
+
     async def __aiter__(self) -> AsyncIterator[Prompt]:
         """The client's prompts, except for what needs no model: those are answered here."""
         while True:
             prompt = await self.prompts.get()
+            if prompt is None:
+                await close(self.ws, Restarting("this replica ends; connect again for another"))
+                raise WebSocketDisconnect(1012)
             if prompt.request.prompt.strip() and not prompt.streamer.cancelled:
                 yield prompt
             else:

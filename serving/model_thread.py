@@ -74,20 +74,25 @@ class ModelThread:
         Returns how many are ahead of it. Raises TooManyWaiting and ModelStalled.
         """
         self.check()
-        waiting, running = self._count_waiting(), self.running
+        ahead, waiting = self.in_progress(), self._count_waiting()
         # Those whose reader has left keep their place in the list until their turn.
         if self.max_waiting is not None and (
             waiting >= self.max_waiting or len(self.waiting) >= 10 * self.max_waiting
         ):
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
-        if running is None and not self.waiting:
+        if self.running is None and not self.waiting:
             self.changed = time.monotonic()
         self.waiting.append(streamer)
         self.report_waiting(waiting + 1)
         self.jobs.put((streamer, generate, arguments))
         if not self.watched:
             self._watch_in(self.stall_timeout_s)
-        return waiting + (running is not None and not running.unread)
+        return ahead
+
+    def in_progress(self) -> int:
+        """How many wait, or are written, and still have a reader."""
+        running = self.running
+        return self._count_waiting() + (running is not None and not running.unread)
 
     def check(self) -> None:
         """Raise ModelStalled if the model hangs or its thread is dead."""

@@ -36,11 +36,16 @@ class BadFrame(ValueError):
     """A frame that is no prompt."""
 
 
+class Restarting(Exception):
+    """The replica ends; what has not been answered may be asked another one."""
+
+
 # What the client is to blame for, or the load, and its close code (RFC 6455, 7.4.1, and IANA's
 # registry). Any other error is ours: 1011.
 CLOSE_CODES: dict[type[Exception], int] = {
     BadFrame: 1003,
     PromptTooLong: 1009,
+    Restarting: 1012,
     TooManyWaiting: 1013,
 }
 REFUSALS = tuple(CLOSE_CODES)

@@ -54,6 +54,8 @@ def test_options_reach_ray_and_the_batch():
     assert arguments.deployment_options() == {
         "num_replicas": "auto",
         "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 0.0},
+        "autoscaling_config": {"target_ongoing_requests": 3},  # a full batch
+        "graceful_shutdown_timeout_s": 120.0,
         "user_config": {"max_batch_size": 3, "batch_wait_timeout_s": 0.1},
     }
     build(arguments)

@@ -1,0 +1,62 @@
+"""How many replicas a bot needs, and what a Chatbot's replica does that is needed no longer."""
+
+import asyncio
+import time
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingContext
+
+LONGEST_REPLY_S = 120.0  # for Serve: how long a replica that it stops may take to finish
+HEALTH_CHECK_PERIOD_S = 2.0  # for Serve: how often it asks replicas whether they are healthy
+SILENCE_S = 10.0  # so many of these left out are no accident of a busy machine
+LOOK_EVERY_S = 2.0
+
+
+def replies_in_progress(ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """An autoscaling policy: as many replicas as there are replies for, whatever sockets are open.
+
+    Counts what the replicas' `record_autoscaling_stats` return as "replies", on average over
+    `look_back_period_s`, and aims at `target_ongoing_requests` of them per replica. Serve applies
+    the other settings (bounds, delays, factors) to the number that this returns.
+    """
+    replies = sum((ctx.aggregated_metrics or {}).get("replies", {}).values())
+    return replies / ctx.config.target_ongoing_requests, {}
+
+
+class Drain:
+    """Notices that Serve is stopping this replica, for which Serve has no callback.
+
+    Serve routes nothing new to a replica that it stops, waits until no request is left there, at
+    most `graceful_shutdown_timeout_s`, and kills it. An idle WebSocket is a request, too, and a
+    reply on it that begins late would be cut. But health is only asked of replicas that stay: after
+    some silence, and a look at Serve's status (the controller may be away, which concerns nobody
+    here), `begun` is set. Must be created in the replica.
+    """
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.asked = time.monotonic()
+        self.task = asyncio.create_task(self._watch())  # ends with the replica
+
+    def health_was_asked(self) -> None:
+        self.asked = time.monotonic()
+
+    async def _watch(self) -> None:
+        while not self.begun.is_set():
+            await asyncio.sleep(LOOK_EVERY_S)
+            if time.monotonic() - self.asked > SILENCE_S and await asyncio.to_thread(is_stopping):
+                self.begun.set()
+
+
+def is_stopping() -> bool:
+    """Whether Serve is stopping replicas of this deployment, maybe this one."""
+    replica = serve.get_replica_context()
+    try:
+        application = serve.status().applications.get(replica.app_name)
+    except Exception:  # nobody is there to tell
+        return False
+    if application is None:
+        return True
+    deployment = application.deployments.get(replica.deployment)
+    return deployment is None or deployment.replica_states.get("STOPPING", 0) > 0
