@@ -1,0 +1,273 @@
+"""deploy/serve_config.yaml on a cluster of two nodes that have the code from a zip alone.
+
+The nodes' Python finds the libraries, but not this checkout, and their working folder is empty.
+They share this machine, and so one proxy.
+"""
+
+import json
+import re
+import subprocess
+import sysconfig
+import time
+import venv
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from callers import ChatCaller, HttpCaller
+from running_bots import HANG_S, REPOSITORY, Bot, free_port, reference
+from scripted import save_scripted_model
+from serve_run import ENVIRONMENT, SERVE
+
+STARTED_S = 300  # eight replicas on two cores; only bounds a hang
+STREAMS = 16
+PROMPT = "Count."
+COUNT = " ".join(map(str, range(1000)))[:700]  # what the scripted model answers
+
+
+class Cluster:
+    """A running cluster, and what `serve deploy` is given for it."""
+
+    def __init__(self, process: subprocess.Popen[str], dashboard: str, port: int, code: Path):
+        self.process = process
+        self.dashboard = dashboard
+        self.metrics_ports: dict[str, int] = json.loads(process.stdout.readline())
+        self.config = yaml.safe_load((REPOSITORY / "deploy" / "serve_config.yaml").read_text())
+        self.config["proxy_location"] = "HeadOnly"
+        self.config["http_options"]["port"] = port
+        self.port = port
+        for application in self.config["applications"]:
+            application["runtime_env"] = {"working_dir": code.as_uri()}
+            application["args"]["num_replicas"] = 2
+            del application["deployments"][0]["autoscaling_config"]
+
+    def application(self, name: str) -> dict[str, Any]:
+        """That of the config."""
+        (found,) = (app for app in self.config["applications"] if app["name"] == name)
+        return found
+
+    def bot(self, name: str) -> Bot:
+        return Bot(f"127.0.0.1:{self.port}/{name}/", None)
+
+    def deploy(self, folder: Path) -> subprocess.CompletedProcess[str]:
+        file = folder / "config.yaml"
+        file.write_text(yaml.safe_dump(self.config))
+        return subprocess.run(
+            [SERVE, "deploy", "--address", self.dashboard, str(file)],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=STARTED_S,
+        )
+
+    def status(self, name: str) -> dict[str, Any]:
+        details = requests.get(f"{self.dashboard}/api/serve/applications/", timeout=HANG_S).json()
+        return details["applications"].get(name, {"status": "MISSING"})
+
+    def replicas(self, name: str) -> dict[str, str]:
+        """The nodes of the running replicas, by their ids."""
+        (deployment,) = self.status(name)["deployments"].values()
+        return {
+            replica["replica_id"]: replica["node_id"]
+            for replica in deployment["replicas"]
+            if replica["state"] == "RUNNING"
+        }
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
+        deadline = time.monotonic() + STARTED_S
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.2)
+
+    def wait_for_status(self, name: str, status: str) -> dict[str, Any]:
+        """An application's status and message, once it is this one."""
+        self.wait_for(lambda: self.status(name)["status"] == status, f"{name}: {self.status(name)}")
+        return self.status(name)
+
+    def rows(self, node: str) -> int:
+        """The replies that a node's replicas are writing in batches, by their own metrics."""
+        url = f"http://127.0.0.1:{self.metrics_ports[node]}/metrics"
+        page = requests.get(url, timeout=HANG_S).text
+        found = re.findall(r"^ray_bot_batch_rows\{.*\} (\S+)$", page, re.MULTILINE)
+        return int(sum(map(float, found)))
+
+    def kill(self, node: str) -> None:
+        self.process.stdin.write(f"{node}\n")
+        self.process.stdin.flush()
+
+
+@contextmanager
+def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
+    code = folder / "streaming-bots.zip"
+    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=REPOSITORY, text=True)
+    with zipfile.ZipFile(code, "w") as archive:
+        for name in filter(None, listed.split("\0")):
+            if not name.startswith("tests/"):
+                archive.write(REPOSITORY / name, f"streaming-bots/{name}")
+    # A path file adds a folder of libraries, without what is installed editable there.
+    venv.create(folder / "venv")
+    paths = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
+    libraries = sysconfig.get_path("purelib", "venv", paths)
+    Path(libraries, "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    python, empty, port = folder / "venv" / "bin" / "python", folder / "empty", free_port()
+    empty.mkdir()
+    absent = [python, "-c", "import serving"]
+    assert subprocess.run(absent, cwd=empty, capture_output=True).returncode == 1
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [python, REPOSITORY / "tests" / "clustered.py", str(port), *map(str, cpus)],
+        cwd=empty,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield Cluster(process, f"http://127.0.0.1:{port}", free_port(), code)
+        finally:
+            process.stdin.close()
+            process.wait(HANG_S)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """All bots, each with a replica on either node; the Continuousbot with a long reply."""
+    folder = tmp_path_factory.mktemp("cluster")
+    save_scripted_model(folder / "counting", len(PROMPT), COUNT, 768)
+    with running_cluster(folder, 4, 4) as cluster:  # either has room for all
+        counting = {"model": str(folder / "counting"), "max_new_tokens": 740}
+        cluster.application("continuousbot")["args"] |= counting
+        ran = cluster.deploy(folder)
+        assert ran.returncode == 0, ran.stderr
+        for application in cluster.config["applications"]:
+            cluster.wait_for_status(application["name"], "RUNNING")
+        yield cluster
+
+
+def test_replicas_are_on_both_nodes_and_have_code_and_model_from_the_zip(cluster, loaded):
+    for name in ("textbot", "chatbot", "batchbot", "continuousbot"):
+        assert set(cluster.replicas(name).values()) == set(cluster.metrics_ports)
+    for name in ("textbot", "batchbot"):
+        callers = [HttpCaller(cluster.bot(name), "Hello!") for _ in range(8)]  # for both replicas
+        assert {caller.outcome() for caller in callers} == {"finished"}
+        assert {caller.text for caller in callers} == {reference(loaded, ["Hello!"], 256)}
+    callers = [ChatCaller(cluster.bot("chatbot"), "Hello!") for _ in range(8)]
+    assert {caller.outcome() for caller in callers} == {"finished"}
+    assert requests.head(cluster.bot("chatbot").http).headers["X-Model"] == "tiny-dialog"
+
+
+def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp_path):
+    before, bot = cluster.replicas("batchbot"), cluster.bot("batchbot")
+    (deployment,) = cluster.application("batchbot")["deployments"]
+
+    def first_text_after(**settings: float) -> float:
+        deployment["user_config"] |= settings
+        ran = cluster.deploy(tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        cluster.wait_for(
+            lambda: (
+                cluster.status("batchbot")["deployments"]["Batchbot"]["deployment_config"][
+                    "user_config"
+                ]
+                == deployment["user_config"]
+            ),
+            "the change does not come",
+        )
+        cluster.wait_for_status("batchbot", "RUNNING")
+        asked = time.monotonic()
+        caller = HttpCaller(bot, "Hello!", 1)
+        caller.first()
+        assert caller.outcome() == "finished"
+        return time.monotonic() - asked
+
+    assert first_text_after(batch_wait_timeout_s=4) >= 4  # it waits for others
+    assert first_text_after(batch_wait_timeout_s=30, max_batch_size=1) < 30  # it is a full batch
+    first_text_after(batch_wait_timeout_s=0.1, max_batch_size=16)
+    assert cluster.replicas("batchbot") == before
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"max_new_token": 5}, "Extra inputs are not permitted"),
+        ({"model": "weights that are none"}, "the weights cannot be loaded"),
+    ],
+)
+def test_a_bad_config_is_rejected_and_the_running_version_serves(
+    cluster, loaded, tmp_path, mistake, message
+):
+    if mistake.get("model") == "weights that are none":  # which only a replica finds out
+        loaded.tokenizer.save_pretrained(tmp_path)
+        loaded.model.config.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"no weights")
+        mistake = {"model": str(tmp_path)}
+    before = cluster.replicas("textbot")
+    arguments = cluster.application("textbot")["args"]
+    good = dict(arguments)
+    arguments |= mistake
+    assert cluster.deploy(tmp_path).returncode == 0  # Serve has taken it to try
+    failed = cluster.wait_for_status("textbot", "DEPLOY_FAILED")
+    reasons = [failed["message"], *(each["message"] for each in failed["deployments"].values())]
+    assert message in "".join(reasons)
+    caller = HttpCaller(cluster.bot("textbot"), "Hello!")
+    assert caller.outcome() == "finished"
+    assert caller.text == reference(loaded, ["Hello!"], 256)
+    arguments.clear()
+    arguments |= good
+    assert cluster.deploy(tmp_path).returncode == 0
+    cluster.wait_for_status("textbot", "RUNNING")
+    assert cluster.replicas("textbot") == before
+
+
+def test_a_config_that_does_not_fit_the_schema_is_not_taken(cluster, tmp_path):
+    before = cluster.replicas("textbot")
+    (deployment,) = cluster.application("textbot")["deployments"]
+    good = deployment["max_ongoing_requests"]
+    deployment["max_ongoing_requests"] = -1
+    ran = cluster.deploy(tmp_path)
+    deployment["max_ongoing_requests"] = good
+    assert ran.returncode != 0
+    assert "max_ongoing_requests" in ran.stderr
+    assert "greater than 0" in ran.stderr
+    assert cluster.replicas("textbot") == before
+    assert HttpCaller(cluster.bot("textbot"), "Hello!").outcome() == "finished"
+
+
+def test_a_killed_node_costs_only_the_streams_that_ran_on_it(cluster, capsys):
+    def ask(limit: int | None) -> tuple[str, str]:
+        caller = HttpCaller(cluster.bot("continuousbot"), PROMPT, limit)
+        return caller.outcome(), caller.text
+
+    doomed, spared = cluster.metrics_ports
+    with ThreadPoolExecutor(STREAMS) as threads:
+        streams = [threads.submit(ask, None) for _ in range(STREAMS)]
+        cluster.wait_for(
+            lambda: cluster.rows(doomed) + cluster.rows(spared) == STREAMS, "the streams run"
+        )
+        on_doomed = cluster.rows(doomed)
+        cluster.kill(doomed)
+        killed = time.monotonic()
+        cluster.wait_for(lambda: ask(1)[0] == "finished", "nobody answers")
+        served = time.monotonic() - killed
+        outcomes = [stream.result() for stream in streams]
+    assert 0 < on_doomed < STREAMS
+    assert [outcome for outcome, _ in outcomes].count("failed") == on_doomed
+    assert {text for outcome, text in outcomes if outcome == "finished"} == {COUNT}
+
+    bots = ("textbot", "chatbot", "batchbot", "continuousbot")
+    cluster.wait_for(
+        lambda: all(list(cluster.replicas(name).values()) == [spared] * 2 for name in bots),
+        "the replicas are not replaced",
+    )
+    full = time.monotonic() - killed
+    with capsys.disabled():
+        print(f"\n{on_doomed} of {STREAMS} streams lost, served {served:.1f}, full {full:.1f} s")
+    for name in bots:
+        assert requests.request("HEAD", cluster.bot(name).http, timeout=HANG_S).status_code < 500
