@@ -152,9 +152,10 @@ class Batchbot:
         access: Access | None = None,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
+        device: str = "cpu",
     ) -> None:
         self.model_name, self.model, self.tokenizer, self.context = load_model(
-            model, dtype, fallback
+            model, dtype, fallback, device
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.system_prompt = system_prompt

@@ -58,8 +58,11 @@ class Chatbot:
         access: Access | None = None,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.model_name, self.model, self.tokenizer, context = load_model(model, dtype, fallback)
+        self.model_name, self.model, self.tokenizer, context = load_model(
+            model, dtype, fallback, device
+        )
         self.max_new_tokens = reply_limit(max_new_tokens, context)
         self.limits = Limits(context - self.max_new_tokens, self.max_new_tokens)
         self.system_prompt = system_prompt

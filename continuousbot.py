@@ -49,8 +49,11 @@ class Continuousbot:
         access: Access | None = None,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.model_name, self.model, self.tokenizer, context = load_model(model, dtype, fallback)
+        self.model_name, self.model, self.tokenizer, context = load_model(
+            model, dtype, fallback, device
+        )
         self.metrics = BotMetrics()
         self.batch = ContinuousBatch(self.model, context, stall_timeout_s, self.metrics)
         self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)

@@ -52,7 +52,12 @@ class BotArguments(Access):
         description="Cores that Ray reserves per replica, and threads of its model. One reply at a "
         "time gains little from a second core, a batch more.",
     )
-    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves per replica.")
+    num_gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs that Ray reserves per replica, where its model then runs. Less than 1: "
+        "replicas share one.",
+    )
     num_replicas: PositiveInt | Literal["auto"] = Field(
         default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
     )
@@ -85,7 +90,8 @@ class BotArguments(Access):
             access.read_api_key()
         arguments = self.model_dump(
             include={"max_new_tokens", "dtype", "system_prompt", "stall_timeout_s"}
-        ) | {"access": access}
+        )
+        arguments |= {"access": access, "device": "cuda" if self.num_gpus else "cpu"}
         if self.model is None:
             arguments |= {"model": DEFAULT_MODEL, "fallback": EMBEDDED}
             try:

@@ -28,13 +28,22 @@ class LoadedModel(NamedTuple):
     context: int  # tokens that a prompt and its reply may have together
 
 
-def load_model(name: str, dtype: str = "float32", fallback: str | None = None) -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "float32", fallback: str | None = None, device: str = "cpu"
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     `name` is a hub id, a folder, `<folder or hub id>:<file>.gguf`, or "tiny-dialog", the embedded
     model. If it cannot be had, `fallback` is loaded in its place, with a warning; without one,
-    ModelError is raised. Replies are greedy, whatever the model's generation_config.json says.
+    ModelError is raised. `device` is torch's: "cpu", or "cuda" for the first GPU that this process
+    sees, which in a replica is the one that Ray has reserved for it. Replies are greedy, whatever
+    the model's generation_config.json says.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"model {name!r}: a GPU is reserved for it, but torch {torch.__version__} sees none; "
+            "install its CUDA build and NVIDIA's driver, or say num_gpus=0"
+        )
     try:
         source = locate(name)
         with report_progress(source):
@@ -49,8 +58,8 @@ def load_model(name: str, dtype: str = "float32", fallback: str | None = None) -
         if fallback is None:
             raise
         logger.warning(f"{error}. Until then the model {fallback} answers in its place.")
-        return load_model(fallback, dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return load_model(fallback, dtype, device=device)
+    model.to(device)
     model.generation_config = greedy_config(model, tokenizer)
     return LoadedModel(name, model, tokenizer, context_length(config, tokenizer))
 

@@ -35,12 +35,17 @@ def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingMan
         max_batch_tokens=MAX_STEP_TOKENS,
         max_requests_per_batch=MAX_ROWS,
         allow_block_sharing=True,  # prompts that begin alike, as with a system prompt, do so once
+        # Samplers draw anew at each step, which a recorded graph would not, and know the rows of
+        # one step, which is done before the next one is prepared.
+        use_cuda_graph=False,
+        use_async_batching=False,
     )
-    if model.device.type == "cpu":
-        # By default it would take most of the memory, and each step would cost accordingly.
-        free = psutil.virtual_memory().available // 2 // bytes_per_token(model)
-        tokens = min(max(context, MAX_ROWS * TOKENS_PER_ROW), free)
-        config.num_blocks = max(1, tokens // PAGE_SIZE)
+    # By default it would take most of the memory. On a CPU each step would cost accordingly, and on
+    # a GPU there may be other replicas.
+    tokens = min(
+        max(context, MAX_ROWS * TOKENS_PER_ROW), free_memory(model) // bytes_per_token(model)
+    )
+    config.num_blocks = max(1, tokens // PAGE_SIZE)
     manager = model.init_continuous_batching(continuous_batching_config=config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(
         LogitsProcessorList([SampleRequests()])
@@ -64,6 +69,14 @@ def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingMan
     if problems:
         raise problems[0]
     return manager
+
+
+def free_memory(model: PreTrainedModel) -> int:
+    """Half of the bytes that are free where the model is."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return free // 2
+    return psutil.virtual_memory().available // 2
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

@@ -39,6 +39,7 @@ def test_without_arguments_the_default_model_may_be_replaced():
         "system_prompt": None,
         "stall_timeout_s": 120.0,
         "access": Access(),
+        "device": "cpu",
     }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from running_bots import HANG_S, REPOSITORY, Bot, free_port, reference
 from scripted import save_scripted_model
 from serve_run import ENVIRONMENT, SERVE
 
+pytestmark = pytest.mark.cluster
 STARTED_S = 300  # eight replicas on two cores; only bounds a hang
 STREAMS = 16
 PROMPT = "Count."
@@ -120,15 +122,19 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
     absent = [python, "-c", "import serving"]
     assert subprocess.run(absent, cwd=empty, capture_output=True).returncode == 1
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
-    with subprocess.Popen(
-        [python, REPOSITORY / "tests" / "clustered.py", str(port), *map(str, cpus)],
-        cwd=empty,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with (
+        # Ray notes in its temporary folder which cluster runs, and sockets need a short path.
+        TemporaryDirectory() as temporary,
+        subprocess.Popen(
+            [python, REPOSITORY / "tests" / "clustered.py", str(port), *map(str, cpus)],
+            cwd=empty,
+            env=environment | {"RAY_TMPDIR": temporary},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             yield Cluster(process, f"http://127.0.0.1:{port}", free_port(), code)
         finally:

@@ -114,7 +114,7 @@ def test_the_file_tree_is_true():
             folder = name
         assert (REPOSITORY / path).exists(), path
         paths.add(path.rstrip("/"))
-    named_by_itself = {"README.md", "serving/__init__.py", ".gitignore"}
+    named_by_itself = {"README.md", "LICENSE", "serving/__init__.py", ".gitignore"}
     leaves = {path for path in paths if not any(other.startswith(path + "/") for other in paths)}
     for path in REPOSITORY.rglob("*"):
         file = path.relative_to(REPOSITORY)
@@ -125,9 +125,9 @@ def test_the_file_tree_is_true():
 
 
 def test_the_continuous_integration_runs_the_readmes_commands():
-    test, haproxy, soak = commands(section("Develop"))
+    test, haproxy, cluster, soak = commands(section("Develop"))
     assert test.line.endswith("pip install -e '.[test]' && pytest")
     ci = (REPOSITORY / ".ci" / "run").read_text()
     assert "pip install -e '.\\[test\\]'" in ci
-    assert f"\n{haproxy.line}\n" in ci
+    assert f"\n{haproxy.line}\n{cluster.line}\n" in ci
     assert soak.line == "pytest -m slow"

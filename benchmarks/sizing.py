@@ -1,0 +1,95 @@
+"""What a chat costs a Chatbot's replica and Serve's proxy: `python benchmarks/sizing.py`.
+
+Opens sockets to a Chatbot with tiny-dialog, lets some of them speak, and reads the processes'
+memory and processor time. Prints a JSON object; deploy/SCALING.md calculates with it. Needs port
+8000.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+from servers import REPOSITORY, our_bot
+from websockets.sync.client import ClientConnection, connect
+
+URL = "ws://127.0.0.1:8000/"
+SETTLE_S = 3  # until what a change has caused is done
+
+
+def processes(server: psutil.Process) -> dict[str, psutil.Process]:
+    """Serve's proxy and the Chatbot's replica."""
+    found = {}
+    for process in server.children(recursive=True):
+        title = "".join(process.cmdline()[:1])
+        for name, beginning in (("proxy", "ray::ProxyActor"), ("replica", "ray::ServeReplica")):
+            if title.startswith(beginning):
+                found[name] = process
+    return found
+
+
+def memory_mb(process: psutil.Process) -> float:
+    """What would be free without this process."""
+    return process.memory_full_info().uss / 1e6
+
+
+def seconds(process: psutil.Process) -> float:
+    """Of the processor, so far."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def speak(websocket: ClientConnection) -> int:
+    """Have one reply; return of how many frames."""
+    websocket.send("Tell me a story about dogs.")
+    frames = 1
+    while websocket.recv() != "<>":
+        frames += 1
+    return frames
+
+
+def measure(server: psutil.Process, count: int, turns: int) -> dict[str, dict[str, float]]:
+    found = processes(server)
+    results: dict[str, dict[str, float]] = {name: {} for name in found}
+    with ExitStack() as stack:
+        # The first ones cost more, so they come before.
+        sockets = [stack.enter_context(connect(URL)) for _ in range(count // 5)]
+        speak(sockets[0])
+        time.sleep(SETTLE_S)
+        before = {name: memory_mb(process) for name, process in found.items()}
+        sockets += [stack.enter_context(connect(URL)) for _ in range(count)]
+        time.sleep(SETTLE_S)
+        for name, process in found.items():
+            results[name]["MB per socket"] = (memory_mb(process) - before[name]) / count
+
+        started = {name: seconds(process) for name, process in found.items()}
+        time.sleep(10 * SETTLE_S)
+        idle = {name: seconds(process) - started[name] for name, process in found.items()}
+        frames = sum(speak(sockets[turn]) for turn in range(turns))
+        for name, process in found.items():
+            spent = seconds(process) - started[name] - idle[name]
+            results[name]["ms per frame"] = spent / frames * 1000
+            results[name]["ms per second and idle socket"] = (
+                idle[name] / (10 * SETTLE_S) / len(sockets) * 1000
+            )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sockets", type=int, default=400, help="that are added; at most 416")
+    parser.add_argument("--turns", type=int, default=50, help="replies in all")
+    options = parser.parse_args()
+    model = REPOSITORY / "models" / "tiny-dialog"
+    with tempfile.TemporaryDirectory() as folder:
+        server = our_bot("chatbot", model, "float32", 1)
+        with server.running(Path(folder) / "log") as process:
+            results = measure(process, options.sockets, options.turns)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""deploy/: what its files say is what the bots and Serve take, and what its commands do."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import venv
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import requests
+import yaml
+from callers import ChatCaller, HttpCaller
+from ray.serve.schema import ServeDeploySchema
+from running_bots import HANG_S, REPOSITORY, Bot, reference
+from serve_run import ENVIRONMENT, serve_run
+from test_readme import commands, section
+
+DEPLOY = REPOSITORY / "deploy"
+CONFIG = yaml.safe_load((DEPLOY / "serve_config.yaml").read_text())
+VOLUME, SERVICE = yaml.safe_load_all((DEPLOY / "rayservice.yaml").read_text())
+CLUSTER = SERVICE["spec"]["rayClusterConfig"]
+EMBEDDED_CONFIG = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
+PODS = {
+    "head": CLUSTER["headGroupSpec"]["template"],
+    **{group["groupName"]: group["template"] for group in CLUSTER["workerGroupSpecs"]},
+}
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+RUN, START, DEPLOY_IT, SHUT_DOWN, *KUBERNETES = (each.line for each in commands(section("Deploy")))
+BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
+STARTED_S = 180  # only bounds a hang
+
+
+# What the files say
+
+
+@pytest.mark.parametrize("config", [CONFIG, EMBEDDED_CONFIG], ids=["file", "manifest"])
+def test_serve_takes_the_config_and_the_bots_their_arguments(config):
+    schema = ServeDeploySchema.model_validate(config)
+    assert [application.name for application in schema.applications] == list(BOTS)
+    for application in config["applications"]:
+        module, function = application["import_path"].split(":")
+        build = getattr(import_module(module), function)
+        arguments = build.__annotations__["args"].model_validate(application["args"])
+        original = getattr(import_module(module), application["deployments"][0]["name"])
+        for options in application["deployments"]:
+            # Serve ignores what it does not know here; a Deployment does not.
+            original.options(**arguments.deployment_options()).options(**options)
+
+
+def test_the_bots_fit_two_cores():
+    cpus = [application["args"]["num_cpus"] for application in CONFIG["applications"]]
+    assert max(cpus) <= 0.4 and sum(cpus) <= 2
+
+
+def test_the_manifest_has_the_config_of_the_file_for_others_and_with_a_key():
+    config = yaml.safe_load((DEPLOY / "serve_config.yaml").read_text())
+    config["http_options"]["host"] = "0.0.0.0"
+    (key,) = mounted("key")
+    for application in config["applications"]:
+        application["args"] |= {"api_key_file": f"{key}/key", "allowed_hosts": ["*"]}
+    assert config == EMBEDDED_CONFIG
+
+
+def mounted(name: str) -> set[str]:
+    """Where all pods have a volume."""
+    mounts = [
+        mount for pod in PODS.values() for mount in pod["spec"]["containers"][0]["volumeMounts"]
+    ]
+    return {mount["mountPath"] for mount in mounts if mount["name"] == name}
+
+
+def test_kubernetes_takes_the_pods_and_the_volume():
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(VOLUME, version, strict=True)
+    for name, template in PODS.items():
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = {"name": name, **template["metadata"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_kuberay_knows_the_fields_around_them():
+    """The names are those of ray-operator/apis/ray/v1 in KubeRay, v1.2 and later."""
+    assert (SERVICE["apiVersion"], SERVICE["kind"]) == ("ray.io/v1", "RayService")
+    assert set(SERVICE["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    assert set(CLUSTER) == {
+        "rayVersion",
+        "enableInTreeAutoscaling",
+        "autoscalerOptions",
+        "headGroupSpec",
+        "workerGroupSpecs",
+    }
+    assert set(CLUSTER["autoscalerOptions"]) == {"idleTimeoutSeconds", "resources"}
+    assert set(CLUSTER["headGroupSpec"]) == {"rayStartParams", "template"}
+    for group in CLUSTER["workerGroupSpecs"]:
+        assert set(group) == {
+            "groupName",
+            "replicas",
+            "minReplicas",
+            "maxReplicas",
+            "rayStartParams",
+            "template",
+        }
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for parameters in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in parameters["rayStartParams"].values())
+
+
+def test_what_belongs_together_in_the_manifest_agrees():
+    claim = VOLUME["metadata"]["name"]
+    for name, pod in PODS.items():
+        assert pod["spec"]["volumes"] == [
+            {"name": "key", "secret": {"secretName": "streaming-bots-key"}},
+            {"name": "models", "persistentVolumeClaim": {"claimName": claim}},
+        ]
+        (container,) = pod["spec"]["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports["serve"] == EMBEDDED_CONFIG["http_options"]["port"]
+        assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
+        probes = [str(container[probe]) for probe in ("readinessProbe", "livenessProbe")]
+        # Only a worker's readiness is its proxy's: without replicas it has none.
+        assert [f":{ports['serve']}/" in probe for probe in probes] == [name != "head", False]
+    assert mounted("models") == {re.search(r"HF_HOME=(\S+)", DOCKERFILE)[1]}
+    needed = sum(application["args"]["num_cpus"] for application in CONFIG["applications"])
+    assert needed <= int(PODS["cpu"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    graceful = [
+        deployment["graceful_shutdown_timeout_s"]
+        for application in CONFIG["applications"]
+        for deployment in application["deployments"]
+    ]
+    assert max(graceful) < min(
+        pod["spec"]["terminationGracePeriodSeconds"] for pod in PODS.values()
+    )
+
+
+def test_the_commands_for_kubernetes_name_what_is_there():
+    build, secret, apply = KUBERNETES
+    assert f"#   {build}\n" in DOCKERFILE
+    manifest = (DEPLOY / "rayservice.yaml").read_text()
+    assert f"#   {secret}\n#   {apply}\n" in manifest
+    (image,) = {pod["spec"]["containers"][0]["image"] for pod in PODS.values()}
+    assert f" --tag {image} " in build
+    assert " streaming-bots-key --from-file=key=" in secret  # mounted as the file `key`
+
+
+def test_versions_agree():
+    required = dict(
+        re.match(r"([\w-]+)(?:\[\w+\])?~=(.+)", each).groups() for each in PROJECT["dependencies"]
+    )
+    assert CLUSTER["rayVersion"] == required["ray"]
+    images = {pod["spec"]["containers"][0]["image"] for pod in PODS.values()}
+    assert images == {f"streaming-bots:{PROJECT['version']}"}
+    python = re.search(r"^FROM python:(\S+)-slim$", DOCKERFILE, re.MULTILINE)[1]
+    assert PROJECT["requires-python"] == f">={python}"
+    # The packages in the image are those of pyproject.toml, since that is where it has them from.
+    assert "['project']['dependencies']" in DOCKERFILE
+
+
+# What the commands do
+
+
+def ask_all(loaded: Any, port: int = 8000) -> None:
+    for name in BOTS:
+        bot = Bot(f"127.0.0.1:{port}/{name}/", None)
+        caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
+        assert caller.outcome() == "finished"
+        assert caller.text == reference(loaded, ["Hello!"], 256)
+
+
+def wait_until_running() -> None:
+    """Until Serve's proxy knows all bots, which it does when they run."""
+    deadline = time.monotonic() + STARTED_S
+    while True:
+        try:
+            routes = requests.get("http://127.0.0.1:8000/-/routes", timeout=HANG_S).json()
+            if set(routes) == {f"/{name}" for name in BOTS}:
+                return
+        except (requests.ConnectionError, ValueError):
+            pass
+        assert time.monotonic() < deadline, "the bots do not start"
+        time.sleep(0.5)
+
+
+@pytest.mark.cluster
+def test_serve_run_takes_the_config(checkout, loaded):
+    arguments = RUN.removeprefix("serve run ").split()
+    with serve_run(checkout, *arguments, ready_line="Submitted deploy config"):
+        wait_until_running()
+        ask_all(loaded)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """That of a user who has no token of Ray's yet; the checkout is where Ray's workers find it."""
+    # Ray notes in its temporary folder which cluster runs, and sockets need a short path.
+    with TemporaryDirectory() as folder:
+        yield {
+            **{name: value for name, value in ENVIRONMENT.items() if name != "RAY_ADDRESS"},
+            "PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}",
+            "HOME": str(tmp_path),
+            "RAY_TMPDIR": folder,
+            "PYTHONPATH": str(REPOSITORY),
+        }
+
+
+@pytest.fixture
+def started_ray(tmp_path: Path, environment: dict[str, str]) -> Iterator[None]:
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", START],
+            env=environment,
+            cwd=tmp_path,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + STARTED_S
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C
+        process.wait(HANG_S)
+
+
+@pytest.mark.cluster
+def test_serve_deploy_takes_the_config_and_kuberays_probes_succeed(
+    started_ray, environment, checkout, loaded
+):
+    def run(command: str) -> str:
+        ran = subprocess.run(
+            ["bash", "-c", command],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=STARTED_S,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert "applications:" in run(DEPLOY_IT)
+    wait_until_running()
+    ask_all(loaded)
+    for pod in PODS.values():
+        for probe in ("readinessProbe", "livenessProbe"):
+            command = pod["spec"]["containers"][0][probe]["exec"]["command"]
+            subprocess.run(command, check=True, timeout=HANG_S)
+    run(f"export RAY_AUTH_MODE=token; {SHUT_DOWN}")
+    worker = PODS["cpu"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"]
+    assert subprocess.run(worker, timeout=HANG_S).returncode != 0
+
+
+@pytest.mark.cluster
+def test_the_steps_of_the_dockerfile_make_what_runs_the_bots(tmp_path, loaded):
+    """All but those that need root: in a fresh virtual environment instead of the base image."""
+    root, environment = tmp_path / "root", tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    variables = {**ENVIRONMENT, "PATH": f"{environment / 'bin'}:/usr/bin:/bin"}
+    del variables["RAY_SERVE_ENABLE_HA_PROXY"]
+    folder = root
+    for line in re.sub(r"\\\n\s*", "", DOCKERFILE).splitlines():
+        step, _, rest = line.partition(" ")
+        if step == "WORKDIR":
+            folder = root / rest.lstrip("/")
+            folder.mkdir(parents=True)
+        elif step == "COPY":
+            *sources, target = rest.split()
+            for source in map(REPOSITORY.joinpath, sources):
+                if source.is_dir():
+                    shutil.copytree(source, folder / target)
+                else:
+                    to = folder / target
+                    to = to / source.name if target.endswith("/") else to
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(source, to)
+        elif step == "RUN" and "useradd" not in rest:
+            subprocess.run(["bash", "-c", rest], cwd=folder, env=variables, check=True)
+        elif step == "ENV":
+            for name, value in (each.split("=") for each in rest.split()):
+                variables[name] = str(root / value[1:]) if value.startswith("/") else value
+    script = """
+import ray, requests
+from ray import serve
+import batchbot, chatbot, continuousbot, textbot
+ray.init(num_cpus=4)
+serve.start(http_options={"port": 8000})
+serve.run_many([
+    serve.RunTarget(bot.app, name=bot.__name__, route_prefix="/" + bot.__name__)
+    for bot in (textbot, chatbot, batchbot, continuousbot)
+])
+assert "<textarea" in requests.get("http://127.0.0.1:8000/chatbot/").text
+print(requests.post("http://127.0.0.1:8000/textbot/?prompt=Hello!").text)
+serve.shutdown()
+ray.shutdown()
+"""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    printed = subprocess.run(
+        [environment / "bin" / "python", "-c", script],
+        cwd=empty,
+        env=variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=STARTED_S,
+        check=True,
+    ).stdout
+    assert reference(loaded, ["Hello!"], 256) in printed.splitlines()  # among Ray's logs

@@ -1,0 +1,88 @@
+"""Bots with `num_gpus`: on the GPU that Ray has reserved, in the dtype asked for."""
+
+import pytest
+import torch
+from ray import serve
+from running_bots import Bot, http_reply, reference
+from websockets.sync.client import connect
+
+from batchbot import Batchbot
+from chatbot import Chatbot
+from continuousbot import Continuousbot
+from serving.arguments import BotArguments
+from serving.loading import load_model
+from serving.locating import EMBEDDED, ModelError
+from textbot import Textbot
+
+has_gpu = torch.cuda.is_available()
+
+
+class Placed:
+    def placement(self) -> tuple[str, str, int]:
+        """Device and dtype of the weights, and how many GPUs the replica sees."""
+        return str(self.model.device), str(self.model.dtype), torch.cuda.device_count()
+
+
+class PlacedTextbot(Placed, Textbot.func_or_class):
+    pass
+
+
+class PlacedChatbot(Placed, Chatbot.func_or_class):
+    pass
+
+
+class PlacedBatchbot(Placed, Batchbot.func_or_class):
+    pass
+
+
+class PlacedContinuousbot(Placed, Continuousbot.func_or_class):
+    pass
+
+
+BOTS = {
+    "textbot": (PlacedTextbot, Textbot),
+    "chatbot": (PlacedChatbot, Chatbot),
+    "batchbot": (PlacedBatchbot, Batchbot),
+    "continuousbot": (PlacedContinuousbot, Continuousbot),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu, reason="torch sees no GPU on this machine")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BOTS)
+def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, dtype):
+    placed, original = BOTS[name]
+    arguments = BotArguments(model=EMBEDDED, num_gpus=0.5, dtype=dtype)
+    options = {"func_or_class": placed, **arguments.deployment_options()}
+    app = original.options(**options).bind(**arguments.constructor_arguments())
+    handle = serve.run(app, name="gpu", route_prefix="/gpu")
+    try:
+        device, used, count = handle.placement.remote().result()
+        assert (device, used, count) == ("cuda:0", f"torch.{dtype}", 1)
+        bot = Bot(f"127.0.0.1:{port}/gpu/", None)
+        if name == "chatbot":
+            with connect(bot.ws) as websocket:
+                websocket.send("Hello!")
+                text = ""
+                while (frame := websocket.recv()) != "<>":
+                    text += frame
+        else:
+            text = http_reply(bot, "Hello!")
+        assert text
+        if dtype == "float32":
+            assert text == reference(loaded, ["Hello!"], 256)
+    finally:
+        serve.delete("gpu")
+
+
+def test_the_model_is_on_a_gpu_only_if_one_is_reserved():
+    assert BotArguments(model=EMBEDDED).constructor_arguments()["device"] == "cpu"
+    assert BotArguments(model=EMBEDDED, num_gpus=0.5).constructor_arguments()["device"] == "cuda"
+    assert load_model(EMBEDDED).model.device.type == "cpu"
+
+
+@pytest.mark.skipif(has_gpu, reason="torch sees a GPU on this machine")
+def test_a_gpu_that_torch_does_not_see_is_an_error_that_says_so():
+    with pytest.raises(ModelError, match=r"sees none.*num_gpus=0"):
+        load_model(EMBEDDED, device="cuda")
