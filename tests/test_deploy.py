@@ -90,16 +90,18 @@ def test_kubernetes_takes_the_pods_and_the_volume():
 
 
 def test_kuberay_knows_the_fields_around_them():
-    """The names are those of ray-operator/apis/ray/v1 in KubeRay, v1.2 and later."""
+    """The names are those of the CRD API reference in Ray's documentation, KubeRay v1.7."""
     assert (SERVICE["apiVersion"], SERVICE["kind"]) == ("ray.io/v1", "RayService")
     assert set(SERVICE["spec"]) == {"serveConfigV2", "rayClusterConfig"}
     assert set(CLUSTER) == {
         "rayVersion",
+        "authOptions",
         "enableInTreeAutoscaling",
         "autoscalerOptions",
         "headGroupSpec",
         "workerGroupSpecs",
     }
+    assert CLUSTER["authOptions"] == {"mode": "token"}
     assert set(CLUSTER["autoscalerOptions"]) == {"idleTimeoutSeconds", "resources"}
     assert set(CLUSTER["headGroupSpec"]) == {"rayStartParams", "template"}
     for group in CLUSTER["workerGroupSpecs"]:
