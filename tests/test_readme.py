@@ -83,6 +83,7 @@ def test_the_bots_and_their_clients_print_what_the_readme_shows(checkout, name, 
 
 def test_it_is_short_and_its_pictures_are_small():
     assert README.count("\n") <= 350
+    assert section("Deploy").count("\n") <= 40
     pictures = re.findall(r'(?:src|srcset)="(.+?)"|!\[.*?\]\((.+?)\)', README)
     assert len(pictures) == 6
     for picture in map("".join, pictures):
