@@ -38,7 +38,7 @@ fastapi_app = FastAPI(title="Chatbot", **HTTP)
 # An open socket counts as one request, also while nobody speaks. Over Serve's limit a handshake
 # would hang, and over a limit of its queue fail with a 500, so the Chatbot counts for itself and
 # says 1013, try again later; Serve's limit leaves room for those that are being told. A replica
-# that Serve stops finishes its replies and closes its sockets, and needs the time to do so.
+# that Serve stops needs time to finish what it was asked and to close its sockets.
 @serve.deployment(
     max_ongoing_requests=2 * MAX_CHATS,
     health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -25,6 +25,10 @@ class ReplyError(Exception):
     """What went wrong instead of a reply; the conversation goes on."""
 
 
+class NotAnswered(Exception):
+    """The replica has ended before it replied; another one can be asked."""
+
+
 def ask(
     websocket: ClientConnection,
     prompt: str,
@@ -47,8 +51,8 @@ def ask(
 
 
 def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
-    """Print it as it comes; return whether it came."""
-    ending = ""
+    """Print it as it comes; return whether it came. Raises NotAnswered if nothing did."""
+    ending, shown = "", False
 
     def stop() -> None:
         nonlocal ending
@@ -60,12 +64,17 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
         try:
             for text in ask(websocket, prompt, marker, print_ahead) if prompt.strip() else ():
                 show(text)
+                shown = shown or bool(text)
             print(ending, flush=True)
             return True
         except ReplyError as error:
             print(flush=True)
             print(error, file=sys.stderr)
             return False
+        except ConnectionClosed as closed:
+            if shown or closed.rcvd is None or closed.rcvd.code != RESTARTING:
+                raise
+            raise NotAnswered from closed
 
 
 def print_ahead(ahead: int) -> None:
@@ -84,6 +93,7 @@ def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
             )
 
         def begin_again() -> ClientConnection:
+            wait_until_ready(options)  # perhaps it was the only replica
             print("(connected again: a new conversation)", file=sys.stderr)
             return begin()
 
@@ -97,9 +107,7 @@ def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
                 websocket = begin_again()
             try:
                 well &= print_reply(websocket, prompt, options.end_of_response)
-            except ConnectionClosed as closed:
-                if closed.rcvd is None or closed.rcvd.code != RESTARTING:
-                    raise
+            except NotAnswered:
                 websocket = begin_again()
                 well &= print_reply(websocket, prompt, options.end_of_response)
     return well

@@ -71,7 +71,7 @@ class Chat:
             await close(self.ws, error)
         finally:
             for _ in self.unanswered:
-                self.metrics.count("cancelled")
+                self.metrics.count("refused" if self.draining.is_set() else "cancelled")
 
     async def refuse(self, reason: str) -> None:
         """Accept the socket, since a code can only be sent then, and close it with 1013."""

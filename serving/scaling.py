@@ -9,7 +9,7 @@ from ray.serve.config import AutoscalingContext
 
 LONGEST_REPLY_S = 120.0  # for Serve: how long a replica that it stops may take to finish
 HEALTH_CHECK_PERIOD_S = 2.0  # for Serve: how often it asks replicas whether they are healthy
-SILENCE_S = 10.0  # so many of these left out are no accident of a busy machine
+SILENCE_S = 10.0  # several of these periods, which is seldom an accident of a busy machine
 LOOK_EVERY_S = 2.0
 
 
@@ -31,7 +31,7 @@ class Drain:
     most `graceful_shutdown_timeout_s`, and kills it. An idle WebSocket is a request, too, and a
     reply on it that begins late would be cut. But health is only asked of replicas that stay: after
     some silence, and a look at Serve's status (the controller may be away, which concerns nobody
-    here), `begun` is set. Must be created in the replica.
+    here), `begun` is set, until health is asked after all. Must be created in the replica.
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,10 @@ class Drain:
 
     def health_was_asked(self) -> None:
         self.asked = time.monotonic()
+        self.begun.clear()
 
     async def _watch(self) -> None:
-        while not self.begun.is_set():
+        while True:
             await asyncio.sleep(LOOK_EVERY_S)
             if time.monotonic() - self.asked > SILENCE_S and await asyncio.to_thread(is_stopping):
                 self.begun.set()
@@ -53,10 +54,9 @@ def is_stopping() -> bool:
     """Whether Serve is stopping replicas of this deployment, maybe this one."""
     replica = serve.get_replica_context()
     try:
-        application = serve.status().applications.get(replica.app_name)
+        application = serve.status().applications[replica.app_name]
     except Exception:  # nobody is there to tell
         return False
-    if application is None:
-        return True
     deployment = application.deployments.get(replica.deployment)
-    return deployment is None or deployment.replica_states.get("STOPPING", 0) > 0
+    stopping = deployment is not None and deployment.replica_states.get("STOPPING", 0) > 0
+    return stopping or application.status == "DELETING"

@@ -18,6 +18,7 @@ from gated import Gate, GatedChatbot, GatedTextbot, gated
 from ray import serve
 from running_bots import HANG_S, MAX_NEW_TOKENS, REPOSITORY, Bot, reference
 from websockets.exceptions import ConnectionClosedError
+from websockets.frames import Close
 from websockets.sync.client import connect
 
 from chatbot import Chatbot
@@ -81,6 +82,13 @@ def reply(websocket: Any) -> str:
     return text
 
 
+def closed(websocket: Any) -> Close:
+    """How the bot closes a socket on which nothing more comes."""
+    with pytest.raises(ConnectionClosedError) as error:
+        websocket.recv(timeout=HANG_S)
+    return error.value.rcvd
+
+
 STORY = "Tell me a story about dogs."
 
 
@@ -92,19 +100,21 @@ def test_the_chatbot_follows_replies_not_sockets_and_a_downscale_cuts_none(port,
         leaving = [ChatCaller(bot, STORY), ChatCaller(bot, STORY)]
         wait_for("chatbot", RUNNING=2, most=2)  # not one for each of eight sockets
 
-        # The new replica has no sockets yet, so that this one comes to it.
-        staying = sockets.enter_context(connect(bot.ws))
-        staying.send(STORY)
-        bot.gate.wait("step", 5)  # both are held, the first after three steps
+        # The new replica has no sockets yet, so that these come to it, once the proxy knows it.
+        while True:
+            staying = sockets.enter_context(connect(bot.ws))
+            staying.send(STORY)
+            if bot.gate.happens("step", 5, within_s=5):  # the first four are the old one's
+                break
+            staying.close()
+        beside = sockets.enter_context(connect(bot.ws))
         for caller in leaving:
             caller.leave("close")
         wait_for("chatbot", RUNNING=1, STOPPING=1)  # one reply needs one replica, the older
+        assert closed(beside).code == 1012  # the other one knows now that it ends
         bot.gate.release()
         assert reply(staying) == story
-
-        with pytest.raises(ConnectionClosedError) as closed:
-            staying.recv(timeout=HANG_S)
-        assert closed.value.rcvd.code == 1012
+        assert closed(staying).code == 1012
         wait_for("chatbot", RUNNING=1, STOPPING=0)
         for websocket in idle:
             websocket.send("Hello!")
@@ -159,20 +169,26 @@ def test_a_replica_that_ends_answers_what_it_was_asked_and_refuses_the_rest(port
     with (
         scaling("chatbot", port) as (bot, deploy),
         connect(bot.ws, subprotocols=["chat.v1"]) as websocket,
+        connect(bot.ws) as idle,
         ThreadPoolExecutor(1) as thread,
     ):
         bot.gate.hold_after(3)
-        for prompt in ("Hello!", "My name is Anna."):
+
+        def ask(prompt: str) -> None:
             websocket.send(json.dumps({"type": "prompt", "prompt": prompt}))
+
+        ask("Hello!")
+        ask("My name is Anna.")
         bot.gate.wait("step", 4)
         deployed = thread.submit(deploy)
-        bot.gate.wait("started", 1)  # its successor
+        end = closed(idle)  # the replica knows now that it ends
+        assert (end.code, "connect again" in end.reason) == (1012, True)
+        ask("What is my name?")
         bot.gate.release()
         messages = []
-        with pytest.raises(ConnectionClosedError) as closed:
+        with pytest.raises(ConnectionClosedError) as error:
             while True:
                 messages.append(json.loads(websocket.recv(timeout=HANG_S)))
         assert [m["finish_reason"] for m in messages if m["type"] == "done"] == ["stop", "stop"]
-        assert closed.value.rcvd.code == 1012
-        assert "connect again" in closed.value.rcvd.reason
+        assert error.value.rcvd.code == 1012
         deployed.result()
