@@ -295,7 +295,8 @@ def test_it_follows_what_is_written_unless_somebody_scrolls_up(browser, chatbot)
     say(page, STORY)
     chatbot.gate.wait("step", 4)
     page.evaluate("document.all.log.scrollTop = 0")
-    chatbot.gate.release()
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    chatbot.gate.release()  # now that the page has been told that it was scrolled
     expect(page.get_by_role("status")).to_have_text("ready")
     assert page.evaluate("document.all.log.scrollTop") == 0
     page.context.close()
