@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from running_bots import HANG_S, Bot
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 REFUSED = (1003, 1009, 1013)  # WebSocket close codes
 
@@ -99,6 +99,19 @@ class ChatCaller:
         message = json.loads(frame)
         self.text += message.get("text", "")
         return {"done": "finished", "error": "failed"}.get(message["type"], "")
+
+
+def receive(websocket: ClientConnection) -> list[str]:
+    """The frames of one reply in the plain form, without the marker."""
+    frames = []
+    while (frame := websocket.recv(timeout=HANG_S)) != "<>":
+        frames.append(frame)
+    return frames
+
+
+def ask(websocket: ClientConnection, prompt: str) -> str:
+    websocket.send(prompt)
+    return "".join(receive(websocket))
 
 
 def leave(sock: socket.socket, way: str) -> None:

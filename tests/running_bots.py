@@ -4,9 +4,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import ray
@@ -34,6 +35,14 @@ KEY = "correct-horse-battery-staple"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 INGRESS = "haproxy" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else "default"
 HANG_S = 60  # only bounds a hang
+
+
+def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> None:
+    """Look again and again until it is so; `what` says what is wrong if it is not in time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -96,6 +105,10 @@ class Bots(NamedTuple):
     emoji_continuousbot: Bot
 
 
+def answers(bot: Bot) -> bool:
+    return "X-Model" in requests.get(bot.http, timeout=HANG_S).headers
+
+
 @pytest.fixture(scope="session")
 def emoji_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emoji-model")
@@ -128,10 +141,7 @@ def bots(port: int, emoji_model: Path, tmp_path_factory: pytest.TempPathFactory)
             running[name] = Bot(f"127.0.0.1:{port}/{name}/", gate)
     serve.run_many(targets)
     for bot in running.values():  # HAProxy learns of them a little later
-        deadline = time.monotonic() + HANG_S
-        while "X-Model" not in requests.get(bot.http, timeout=HANG_S).headers:
-            assert time.monotonic() < deadline, f"{bot.http} is not there"
-            time.sleep(0.2)
+        wait_until(partial(answers, bot), HANG_S, f"{bot.http} is not there")
     return Bots(**running)
 
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from callers import ask, receive
 from running_bots import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from serving.chat import MAX_PROMPTS_AHEAD
 
@@ -16,19 +17,6 @@ HANG_S = 60
 def chatbot(bots: Bots):
     bots.chatbot.gate.open()
     return bots.chatbot
-
-
-def receive(websocket: ClientConnection) -> list[str]:
-    """The frames of one reply, without the marker."""
-    frames = []
-    while (frame := websocket.recv(timeout=HANG_S)) != "<>":
-        frames.append(frame)
-    return frames
-
-
-def ask(websocket: ClientConnection, prompt: str) -> str:
-    websocket.send(prompt)
-    return "".join(receive(websocket))
 
 
 def test_the_handshake_names_the_model(chatbot):

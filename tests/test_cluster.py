@@ -11,7 +11,7 @@ import sysconfig
 import time
 import venv
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +22,13 @@ import pytest
 import requests
 import yaml
 from callers import ChatCaller, HttpCaller
-from running_bots import HANG_S, REPOSITORY, Bot, free_port, reference
+from running_bots import HANG_S, REPOSITORY, Bot, free_port, reference, wait_until
 from scripted import save_scripted_model
 from serve_run import ENVIRONMENT, SERVE
 
 pytestmark = pytest.mark.cluster
 STARTED_S = 300  # eight replicas on two cores; only bounds a hang
+BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
 STREAMS = 16
 PROMPT = "Count."
 COUNT = " ".join(map(str, range(1000)))[:700]  # what the scripted model answers
@@ -81,15 +82,11 @@ class Cluster:
             if replica["state"] == "RUNNING"
         }
 
-    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
-        deadline = time.monotonic() + STARTED_S
-        while not condition():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.2)
-
     def wait_for_status(self, name: str, status: str) -> dict[str, Any]:
         """An application's status and message, once it is this one."""
-        self.wait_for(lambda: self.status(name)["status"] == status, f"{name}: {self.status(name)}")
+        wait_until(
+            lambda: self.status(name)["status"] == status, STARTED_S, f"{name} is not {status}"
+        )
         return self.status(name)
 
     def rows(self, node: str) -> int:
@@ -152,13 +149,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.application("continuousbot")["args"] |= counting
         ran = cluster.deploy(folder)
         assert ran.returncode == 0, ran.stderr
-        for application in cluster.config["applications"]:
-            cluster.wait_for_status(application["name"], "RUNNING")
+        for name in BOTS:
+            cluster.wait_for_status(name, "RUNNING")
         yield cluster
 
 
 def test_replicas_are_on_both_nodes_and_have_code_and_model_from_the_zip(cluster, loaded):
-    for name in ("textbot", "chatbot", "batchbot", "continuousbot"):
+    for name in BOTS:
         assert set(cluster.replicas(name).values()) == set(cluster.metrics_ports)
     for name in ("textbot", "batchbot"):
         callers = [HttpCaller(cluster.bot(name), "Hello!") for _ in range(8)]  # for both replicas
@@ -173,19 +170,15 @@ def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp
     before, bot = cluster.replicas("batchbot"), cluster.bot("batchbot")
     (deployment,) = cluster.application("batchbot")["deployments"]
 
+    def has_come() -> bool:
+        running = cluster.status("batchbot")["deployments"]["Batchbot"]["deployment_config"]
+        return running["user_config"] == deployment["user_config"]
+
     def first_text_after(**settings: float) -> float:
         deployment["user_config"] |= settings
         ran = cluster.deploy(tmp_path)
         assert ran.returncode == 0, ran.stderr
-        cluster.wait_for(
-            lambda: (
-                cluster.status("batchbot")["deployments"]["Batchbot"]["deployment_config"][
-                    "user_config"
-                ]
-                == deployment["user_config"]
-            ),
-            "the change does not come",
-        )
+        wait_until(has_come, STARTED_S, "the change does not come")
         cluster.wait_for_status("batchbot", "RUNNING")
         asked = time.monotonic()
         caller = HttpCaller(bot, "Hello!", 1)
@@ -254,26 +247,28 @@ def test_a_killed_node_costs_only_the_streams_that_ran_on_it(cluster, capsys):
     doomed, spared = cluster.metrics_ports
     with ThreadPoolExecutor(STREAMS) as threads:
         streams = [threads.submit(ask, None) for _ in range(STREAMS)]
-        cluster.wait_for(
-            lambda: cluster.rows(doomed) + cluster.rows(spared) == STREAMS, "the streams run"
+        wait_until(
+            lambda: cluster.rows(doomed) + cluster.rows(spared) == STREAMS,
+            STARTED_S,
+            "not all streams run",
         )
         on_doomed = cluster.rows(doomed)
         cluster.kill(doomed)
         killed = time.monotonic()
-        cluster.wait_for(lambda: ask(1)[0] == "finished", "nobody answers")
+        wait_until(lambda: ask(1)[0] == "finished", STARTED_S, "nobody answers")
         served = time.monotonic() - killed
         outcomes = [stream.result() for stream in streams]
     assert 0 < on_doomed < STREAMS
     assert [outcome for outcome, _ in outcomes].count("failed") == on_doomed
     assert {text for outcome, text in outcomes if outcome == "finished"} == {COUNT}
 
-    bots = ("textbot", "chatbot", "batchbot", "continuousbot")
-    cluster.wait_for(
-        lambda: all(list(cluster.replicas(name).values()) == [spared] * 2 for name in bots),
+    wait_until(
+        lambda: all(list(cluster.replicas(name).values()) == [spared] * 2 for name in BOTS),
+        STARTED_S,
         "the replicas are not replaced",
     )
     full = time.monotonic() - killed
     with capsys.disabled():
         print(f"\n{on_doomed} of {STREAMS} streams lost, served {served:.1f}, full {full:.1f} s")
-    for name in bots:
+    for name in BOTS:
         assert requests.request("HEAD", cluster.bot(name).http, timeout=HANG_S).status_code < 500

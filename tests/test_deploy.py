@@ -6,10 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 import venv
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ import requests
 import yaml
 from callers import ChatCaller, HttpCaller
 from ray.serve.schema import ServeDeploySchema
-from running_bots import HANG_S, REPOSITORY, Bot, reference
+from running_bots import HANG_S, REPOSITORY, Bot, reference, wait_until
 from serve_run import ENVIRONMENT, serve_run
 from test_readme import commands, section
 
@@ -34,6 +34,7 @@ PODS = {
     "head": CLUSTER["headGroupSpec"]["template"],
     **{group["groupName"]: group["template"] for group in CLUSTER["workerGroupSpecs"]},
 }
+CONTAINERS = {name: pod["spec"]["containers"][0] for name, pod in PODS.items()}
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 RUN, START, DEPLOY_IT, SHUT_DOWN, *KUBERNETES = (each.line for each in commands(section("Deploy")))
@@ -64,7 +65,7 @@ def test_the_bots_fit_two_cores():
 
 
 def test_the_manifest_has_the_config_of_the_file_for_others_and_with_a_key():
-    config = yaml.safe_load((DEPLOY / "serve_config.yaml").read_text())
+    config = deepcopy(CONFIG)
     config["http_options"]["host"] = "0.0.0.0"
     (key,) = mounted("key")
     for application in config["applications"]:
@@ -74,9 +75,7 @@ def test_the_manifest_has_the_config_of_the_file_for_others_and_with_a_key():
 
 def mounted(name: str) -> set[str]:
     """Where all pods have a volume."""
-    mounts = [
-        mount for pod in PODS.values() for mount in pod["spec"]["containers"][0]["volumeMounts"]
-    ]
+    mounts = [mount for each in CONTAINERS.values() for mount in each["volumeMounts"]]
     return {mount["mountPath"] for mount in mounts if mount["name"] == name}
 
 
@@ -137,7 +136,7 @@ def test_what_belongs_together_in_the_manifest_agrees():
         assert [f":{ports['serve']}/" in probe for probe in probes] == [name != "head", False]
     assert mounted("models") == {re.search(r"HF_HOME=(\S+)", DOCKERFILE)[1]}
     needed = sum(application["args"]["num_cpus"] for application in CONFIG["applications"])
-    assert needed <= int(PODS["cpu"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert needed <= int(CONTAINERS["cpu"]["resources"]["limits"]["cpu"])
     graceful = [
         deployment["graceful_shutdown_timeout_s"]
         for application in CONFIG["applications"]
@@ -156,7 +155,7 @@ def test_the_commands_for_kubernetes_name_what_is_there():
     assert f"#   {build}\n" in DOCKERFILE
     manifest = (DEPLOY / "rayservice.yaml").read_text()
     assert f"#   {secret}\n#   {apply}\n" in manifest
-    (image,) = {pod["spec"]["containers"][0]["image"] for pod in PODS.values()}
+    (image,) = {container["image"] for container in CONTAINERS.values()}
     assert f" --tag {image} " in build
     assert " streaming-bots-key --from-file=key=" in secret  # mounted as the file `key`
 
@@ -166,7 +165,7 @@ def test_versions_agree():
         re.match(r"([\w-]+)(?:\[\w+\])?~=(.+)", each).groups() for each in PROJECT["dependencies"]
     )
     assert CLUSTER["rayVersion"] == required["ray"]
-    images = {pod["spec"]["containers"][0]["image"] for pod in PODS.values()}
+    images = {container["image"] for container in CONTAINERS.values()}
     assert images == {f"streaming-bots:{PROJECT['version']}"}
     python = re.search(r"^FROM python:(\S+)-slim$", DOCKERFILE, re.MULTILINE)[1]
     assert PROJECT["requires-python"] == f">={python}"
@@ -177,33 +176,28 @@ def test_versions_agree():
 # What the commands do
 
 
-def ask_all(loaded: Any, port: int = 8000) -> None:
+def ask_all(loaded: Any) -> None:
     for name in BOTS:
-        bot = Bot(f"127.0.0.1:{port}/{name}/", None)
+        bot = Bot(f"127.0.0.1:8000/{name}/", None)
         caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
         assert caller.outcome() == "finished"
         assert caller.text == reference(loaded, ["Hello!"], 256)
 
 
-def wait_until_running() -> None:
-    """Until Serve's proxy knows all bots, which it does when they run."""
-    deadline = time.monotonic() + STARTED_S
-    while True:
-        try:
-            routes = requests.get("http://127.0.0.1:8000/-/routes", timeout=HANG_S).json()
-            if set(routes) == {f"/{name}" for name in BOTS}:
-                return
-        except (requests.ConnectionError, ValueError):
-            pass
-        assert time.monotonic() < deadline, "the bots do not start"
-        time.sleep(0.5)
+def run_all() -> bool:
+    """Whether Serve's proxy knows all bots, which it does when they run."""
+    try:
+        routes = requests.get("http://127.0.0.1:8000/-/routes", timeout=HANG_S).json()
+    except (requests.ConnectionError, ValueError):
+        return False
+    return set(routes) == {f"/{name}" for name in BOTS}
 
 
 @pytest.mark.cluster
 def test_serve_run_takes_the_config(checkout, loaded):
     arguments = RUN.removeprefix("serve run ").split()
     with serve_run(checkout, *arguments, ready_line="Submitted deploy config"):
-        wait_until_running()
+        wait_until(run_all, STARTED_S, "the bots do not start")
         ask_all(loaded)
 
 
@@ -232,11 +226,13 @@ def started_ray(tmp_path: Path, environment: dict[str, str]) -> Iterator[None]:
             stderr=output,
             start_new_session=True,
         )
+
+    def has_started() -> bool:
+        assert process.poll() is None, log.read_text()
+        return "Ray runtime started" in log.read_text()
+
     try:
-        deadline = time.monotonic() + STARTED_S
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        wait_until(has_started, STARTED_S, "Ray does not start")
         yield
     finally:
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C
@@ -260,14 +256,14 @@ def test_serve_deploy_takes_the_config_and_kuberays_probes_succeed(
         return ran.stdout
 
     assert "applications:" in run(DEPLOY_IT)
-    wait_until_running()
+    wait_until(run_all, STARTED_S, "the bots do not start")
     ask_all(loaded)
-    for pod in PODS.values():
+    for container in CONTAINERS.values():
         for probe in ("readinessProbe", "livenessProbe"):
-            command = pod["spec"]["containers"][0][probe]["exec"]["command"]
+            command = container[probe]["exec"]["command"]
             subprocess.run(command, check=True, timeout=HANG_S)
     run(f"export RAY_AUTH_MODE=token; {SHUT_DOWN}")
-    worker = PODS["cpu"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"]
+    worker = CONTAINERS["cpu"]["readinessProbe"]["exec"]["command"]
     assert subprocess.run(worker, timeout=HANG_S).returncode != 0
 
 

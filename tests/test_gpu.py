@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from callers import ChatCaller, HttpCaller
 from ray import serve
-from running_bots import Bot, http_reply, reference
-from websockets.sync.client import connect
+from running_bots import Bot, reference
 
 from batchbot import Batchbot
 from chatbot import Chatbot
@@ -61,17 +61,11 @@ def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, 
         device, used, count = handle.placement.remote().result()
         assert (device, used, count) == ("cuda:0", f"torch.{dtype}", 1)
         bot = Bot(f"127.0.0.1:{port}/gpu/", None)
-        if name == "chatbot":
-            with connect(bot.ws) as websocket:
-                websocket.send("Hello!")
-                text = ""
-                while (frame := websocket.recv()) != "<>":
-                    text += frame
-        else:
-            text = http_reply(bot, "Hello!")
-        assert text
+        caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
+        assert caller.outcome() == "finished"
+        assert caller.text
         if dtype == "float32":
-            assert text == reference(loaded, ["Hello!"], 256)
+            assert caller.text == reference(loaded, ["Hello!"], 256)
     finally:
         serve.delete("gpu")
 

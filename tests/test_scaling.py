@@ -10,16 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
-from callers import ChatCaller, HttpCaller
+from callers import ChatCaller, HttpCaller, ask, receive
 from gated import Gate, GatedChatbot, GatedTextbot, gated
 from ray import serve
 from running_bots import HANG_S, MAX_NEW_TOKENS, REPOSITORY, Bot, reference
 from websockets.exceptions import ConnectionClosedError
 from websockets.frames import Close
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from chatbot import Chatbot
 from serving.arguments import BotArguments, ChatbotArguments
@@ -41,7 +40,7 @@ AT_ONCE = {
 
 
 @contextmanager
-def scaling(name: str, port: int, **options: Any) -> Iterator[tuple[Bot, Callable[[], None]]]:
+def scaling(name: str, port: int) -> Iterator[tuple[Bot, Callable[[], None]]]:
     """A bot of its own as `num_replicas=auto` makes it, but quicker, and what deploys it anew."""
     bot, original, arguments = BOTS[name]
     gate, prefix = Gate(), f"scaling-{name}"
@@ -75,14 +74,7 @@ def wait_for(name: str, most: int = 4, **states: int) -> None:
         time.sleep(0.1)
 
 
-def reply(websocket: Any) -> str:
-    text = ""
-    while (frame := websocket.recv(timeout=HANG_S)) != "<>":
-        text += frame
-    return text
-
-
-def closed(websocket: Any) -> Close:
+def closed(websocket: ClientConnection) -> Close:
     """How the bot closes a socket on which nothing more comes."""
     with pytest.raises(ConnectionClosedError) as error:
         websocket.recv(timeout=HANG_S)
@@ -113,12 +105,11 @@ def test_the_chatbot_follows_replies_not_sockets_and_a_downscale_cuts_none(port,
         wait_for("chatbot", RUNNING=1, STOPPING=1)  # one reply needs one replica, the older
         assert closed(beside).code == 1012  # the other one knows now that it ends
         bot.gate.release()
-        assert reply(staying) == story
+        assert "".join(receive(staying)) == story
         assert closed(staying).code == 1012
         wait_for("chatbot", RUNNING=1, STOPPING=0)
         for websocket in idle:
-            websocket.send("Hello!")
-            assert reply(websocket) == reference(loaded, ["Hello!"], MAX_NEW_TOKENS)
+            assert ask(websocket, "Hello!") == reference(loaded, ["Hello!"], MAX_NEW_TOKENS)
 
 
 def test_the_textbot_follows_its_requests(port, loaded):
@@ -174,16 +165,16 @@ def test_a_replica_that_ends_answers_what_it_was_asked_and_refuses_the_rest(port
     ):
         bot.gate.hold_after(3)
 
-        def ask(prompt: str) -> None:
+        def send(prompt: str) -> None:
             websocket.send(json.dumps({"type": "prompt", "prompt": prompt}))
 
-        ask("Hello!")
-        ask("My name is Anna.")
+        send("Hello!")
+        send("My name is Anna.")
         bot.gate.wait("step", 4)
         deployed = thread.submit(deploy)
         end = closed(idle)  # the replica knows now that it ends
         assert (end.code, "connect again" in end.reason) == (1012, True)
-        ask("What is my name?")
+        send("What is my name?")
         bot.gate.release()
         messages = []
         with pytest.raises(ConnectionClosedError) as error:
