@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from serving.access import Access
-from serving.arguments import ContinuousbotArguments
+from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE, ContinuousbotArguments
 from serving.continuous import ContinuousBatch
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
@@ -27,10 +27,9 @@ logger = logging.getLogger("ray.serve")
 fastapi_app = FastAPI(title="Continuousbot", **HTTP)
 
 
-# 32 replies are written at once, and whoever waits for a place gets one as soon as a reply ends.
-# Behind a hundred requests that is a minute or so; who would have to wait longer is better told so
-# at once. Every request is queued in Serve's proxy for a moment, so that as many as a replica takes
-# must fit there too.
+# Whoever waits for a place in the batch gets one as soon as a reply ends. Behind a hundred requests
+# that is a minute or so; who would have to wait longer is better told so at once. Every request is
+# queued in Serve's proxy for a moment, so that as many as a replica takes must fit there too.
 @serve.deployment(
     max_ongoing_requests=100,
     max_queued_requests=100,
@@ -50,12 +49,15 @@ class Continuousbot:
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
         device: str = "cpu",
+        max_batch_size: int = DEFAULT_CONTINUOUS_BATCH_SIZE,
     ) -> None:
         self.model_name, self.model, self.tokenizer, context = load_model(
             model, dtype, fallback, device
         )
         self.metrics = BotMetrics()
-        self.batch = ContinuousBatch(self.model, context, stall_timeout_s, self.metrics)
+        self.batch = ContinuousBatch(
+            self.model, context, max_batch_size, stall_timeout_s, self.metrics
+        )
         self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)
         self.system_prompt = system_prompt
         self.access = access or Access()

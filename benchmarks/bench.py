@@ -3,6 +3,7 @@
     bench.py load http://localhost:8000/ --streams 16        any of our bots
     bench.py load http://localhost:8001/v1 --openai NAME     any server that speaks OpenAI's API
     bench.py compare --model gpt2-shape --cpus 1              a set, interleaved, in one run
+    bench.py compare --model llama-1b-shape --gpus 1          the same on a GPU
 
 `compare` starts one server after the other, alone on the machine. Before each measurement the
 server is stopped for a moment, and `generate` measured in its place, so that a machine that grows
@@ -36,7 +37,9 @@ class InProcess:
     def __init__(self, way: str, model: Path, options: argparse.Namespace) -> None:
         command = [sys.executable, "benchmarks/in_process.py", way, "--model", str(model)]
         command += ["--dtype", options.dtype, "--threads", str(options.cpus)]
-        command += ["--tokens", str(options.tokens)]
+        command += ["--tokens", str(options.tokens), "--device", "cuda" if options.gpus else "cpu"]
+        if options.max_batch_size:
+            command += ["--max-batch-size", str(options.max_batch_size)]
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
@@ -136,7 +139,7 @@ def compare(options: argparse.Namespace) -> None:
         progress(f"making {options.model}")
         saved = [sys.executable, "-c", SAVE, options.model, str(model)]
         subprocess.run(saved, cwd=REPOSITORY / "benchmarks", check=True, capture_output=True)
-        servers = [our_bot(name, model, options.dtype, options.cpus) for name in options.bots]
+        servers = [our_bot(name, model, bot_arguments(name, options)) for name in options.bots]
         servers += [peer(definition, model) for definition in options.peer]
         rounds, memory = measure_rounds(servers, model, log, options)
         arrivals = measure_arrivals(servers, rounds, log, options) if options.arrivals else {}
@@ -156,6 +159,13 @@ def compare(options: argparse.Namespace) -> None:
         "arrivals": arrivals,
     }
     write_report(result, options.output)
+
+
+def bot_arguments(name: str, options: argparse.Namespace) -> list[str]:
+    arguments = [f"dtype={options.dtype}", f"num_cpus={options.cpus}", f"num_gpus={options.gpus}"]
+    if options.max_batch_size and name.startswith(("batchbot", "continuousbot")):
+        arguments.append(f"max_batch_size={options.max_batch_size}")
+    return arguments
 
 
 SAVE = "import sys; from in_process import *; save_endless(sys.argv[1], Path(sys.argv[2]))"
@@ -220,9 +230,13 @@ def main() -> None:
 
     many = commands.add_parser("compare", help="servers, limits and peers in one run")
     many.set_defaults(run=compare)
-    many.add_argument("--model", default="gpt2-shape", help="gpt2-shape, or a model's name")
+    many.add_argument(
+        "--model", default="gpt2-shape", help="gpt2-shape, llama-1b-shape, or a model's name"
+    )
     many.add_argument("--dtype", default="float32")
     many.add_argument("--cpus", type=int, default=os.cpu_count(), help="of a bot and of a limit")
+    many.add_argument("--gpus", type=float, default=0, help="of a bot; a limit uses the first")
+    many.add_argument("--max-batch-size", type=int, help="of the bots that batch, not their own")
     many.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     many.add_argument("--tokens", type=int, default=48)
     many.add_argument("--rounds", type=int, default=3)

@@ -20,30 +20,49 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from load import PROMPTS
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
+from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE
 from serving.encoding import encode
 from serving.loading import LoadedModel, load_model
 from serving.paging import start_manager
 from serving.streaming import ReplyStreamer
 
 NEVER = "<never>"  # a token that ends a reply and that the model has no logit for
+SHAPES = {
+    "gpt2-shape": GPT2Config(),  # 124M parameters
+    "llama-1b-shape": LlamaConfig(  # 1.24B, as Llama 3.2 has them
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def save_endless(source: str, folder: Path) -> None:
     """Save a model whose replies are as long as they may be, so that all servers do the same work.
 
-    `source` is "gpt2-shape", random weights in the shape of GPT-2 124M, or a model's name.
+    `source` is one of the SHAPES, with random weights, or a model's name.
     """
-    if source == "gpt2-shape":
+    if config := SHAPES.get(source):
         torch.manual_seed(0)
-        config = GPT2Config()
         vocabulary = {f"w{number}": number for number in range(config.vocab_size)}
         words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE)
-        model = GPT2LMHeadModel(config)
+        model = AutoModelForCausalLM.from_config(config)
     else:
         _, loaded, tokenizer, _ = load_model(source)
         # Built anew, since what was read from GGUF cannot be saved.
@@ -87,9 +106,9 @@ class Generate:
 class Continuous:
     """All streams added to the batch of the manager that the Continuousbot uses."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, max_batch_size: int) -> None:
         self.loaded = loaded
-        self.manager = start_manager(loaded.model, loaded.context)
+        self.manager = start_manager(loaded.model, loaded.context, max_batch_size)
 
     def run(self, streams: int, tokens: int) -> None:
         for input_ids in prompts(self.loaded, streams):
@@ -120,7 +139,7 @@ class Timed(ReplyStreamer):
 async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str, float]:
     """Microseconds per token, in the model's thread and on the event loop, for each window."""
     streamer, marks = Timed(loaded.tokenizer), {}
-    input_ids = torch.tensor(prompts(loaded, 1))
+    input_ids = torch.tensor(prompts(loaded, 1), device=loaded.model.device)
 
     def generate() -> None:
         loaded.model.generate(
@@ -150,16 +169,19 @@ def main() -> None:
     parser.add_argument("way", choices=["generate", "continuous", "cost"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-batch-size", type=int, default=DEFAULT_CONTINUOUS_BATCH_SIZE)
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    loaded = load_model(arguments.model, arguments.dtype)
+    loaded = load_model(arguments.model, arguments.dtype, device=arguments.device)
     if arguments.way == "cost":
         windows = [range(10, 90), range(860, 940)]
         print(json.dumps(asyncio.run(cost_of_tokens(loaded, windows))))
         return
-    runner = (Generate if arguments.way == "generate" else Continuous)(loaded)
+    generates = arguments.way == "generate"
+    runner = Generate(loaded) if generates else Continuous(loaded, arguments.max_batch_size)
     runner.run(1, 4)
     for line in sys.stdin:
         streams = int(line)

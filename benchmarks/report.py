@@ -28,7 +28,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     ]
     lines = [
         f"{options['model']}, {options['dtype']}, {options['tokens']} tokens a reply, "
-        f"{options['cpus']} threads; {result['machine']}; "
+        f"{options['cpus']} threads, {options['gpus']:g} GPUs; {result['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         + f"; {result['date']}; medians of {options['rounds']} rounds.",
         "",

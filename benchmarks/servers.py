@@ -100,14 +100,13 @@ def answers(url: str) -> bool:
         return False
 
 
-def our_bot(name: str, model: Path, dtype: str, cpus: int) -> Server:
+def our_bot(name: str, model: Path, arguments: list[str]) -> Server:
     """`textbot`, or with some of the SETTINGS, as `textbot+haproxy+calm`."""
     module, *settings = name.split("+")
     environment = {key: value for name in settings for key, value in SETTINGS[name].items()}
-    options = [f"model={model}", f"dtype={dtype}", f"num_cpus={cpus}"]
     return Server(
         name,
-        ["serve", "run", f"{module}:build", *options],
+        ["serve", "run", f"{module}:build", f"model={model}", *arguments],
         bot("http://127.0.0.1:8000/"),
         "http://127.0.0.1:8000/",
         environment,

@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     model = REPOSITORY / "models" / "tiny-dialog"
     with tempfile.TemporaryDirectory() as folder:
-        server = our_bot("chatbot", model, "float32", 1)
+        server = our_bot("chatbot", model, [])
         with server.running(Path(folder) / "log") as process:
             results = measure(process, options.sockets, options.turns)
     print(json.dumps(results, indent=1))

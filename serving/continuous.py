@@ -29,7 +29,12 @@ class ContinuousBatch:
     """
 
     def __init__(
-        self, model: PreTrainedModel, context: int, stall_timeout_s: float, metrics: BotMetrics
+        self,
+        model: PreTrainedModel,
+        context: int,
+        max_batch_size: int,
+        stall_timeout_s: float,
+        metrics: BotMetrics,
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
         self.waiting = Population(metrics.waiting)  # for their first token
@@ -39,7 +44,7 @@ class ContinuousBatch:
         self.progress = 0.0  # when there was last something new, by time.monotonic
         self.watched = False
         self.error: Exception | None = None
-        self.manager = start_manager(model, context)
+        self.manager = start_manager(model, context, max_batch_size)
         # A prompt and its reply must fit the cache.
         self.context = min(context, self.manager.continuous_batching_config.num_blocks * PAGE_SIZE)
 

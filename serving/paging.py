@@ -19,21 +19,20 @@ from transformers.generation.continuous_batching.utils import (
 
 from serving.sampling import Sampler, SampleRows
 
-MAX_ROWS = 32  # replies at once
 TOKENS_PER_ROW = 256  # of the cache, if all rows are taken; one reply alone may have the context
 PAGE_SIZE = 32  # tokens
-MAX_STEP_TOKENS = 256  # of prompts in one step: longer ones hold up the others no longer than that
+PROMPT_TOKENS_PER_STEP = 256  # longer prompts hold up the other replies no longer than that
 
 
-def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingManager:
-    """Start the thread that runs the model for all requests that are added.
+def start_manager(model: PreTrainedModel, context: int, rows: int) -> ContinuousBatchingManager:
+    """Start the thread that runs the model for all requests that are added, so many at once.
 
     Raises MemoryError if the cache does not fit, ValueError for a model that cannot be batched so.
     """
     config = ContinuousBatchingConfig(
         page_size=PAGE_SIZE,
-        max_batch_tokens=MAX_STEP_TOKENS,
-        max_requests_per_batch=MAX_ROWS,
+        max_batch_tokens=rows + PROMPT_TOKENS_PER_STEP,
+        max_requests_per_batch=rows,
         allow_block_sharing=True,  # prompts that begin alike, as with a system prompt, do so once
         # Samplers draw anew at each step, which a recorded graph would not, and know the rows of
         # one step, which is done before the next one is prepared.
@@ -42,9 +41,7 @@ def start_manager(model: PreTrainedModel, context: int) -> ContinuousBatchingMan
     )
     # By default it would take most of the memory. On a CPU each step would cost accordingly, and on
     # a GPU there may be other replicas.
-    tokens = min(
-        max(context, MAX_ROWS * TOKENS_PER_ROW), free_memory(model) // bytes_per_token(model)
-    )
+    tokens = min(max(context, rows * TOKENS_PER_ROW), free_memory(model) // bytes_per_token(model))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
     manager = model.init_continuous_batching(continuous_batching_config=config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(

@@ -12,7 +12,13 @@ from transformers import AutoTokenizer
 
 from batchbot import build
 from serving.access import Access
-from serving.arguments import BatchbotArguments, BotArguments, ChatbotArguments
+from serving.arguments import (
+    BatchbotArguments,
+    BotArguments,
+    ChatbotArguments,
+    ContinuousbotArguments,
+)
+from serving.locating import EMBEDDED
 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -48,6 +54,14 @@ def test_a_relative_folder_becomes_absolute(model, monkeypatch):
     arguments = BotArguments(model="./model").constructor_arguments()
     assert arguments["model"] == str(model)
     assert "fallback" not in arguments
+
+
+def test_the_size_of_a_continuous_batch_reaches_the_bot_and_its_autoscaling():
+    arguments = ContinuousbotArguments(model=EMBEDDED, max_batch_size=5, num_replicas="auto")
+    assert arguments.constructor_arguments()["max_batch_size"] == 5
+    assert arguments.deployment_options()["autoscaling_config"] == {"target_ongoing_requests": 3}
+    with pytest.raises(ValidationError, match="greater than 0"):
+        ContinuousbotArguments(max_batch_size=0)
 
 
 def test_options_reach_ray_and_the_batch():

@@ -15,22 +15,24 @@ import pytest
 from load import Reply, bot, closed_loop, mean_length, open_loop, summarize
 from report import write_report
 from running_bots import HANG_S, REPOSITORY, Bots
-from servers import stopped
+from servers import SETTINGS, our_bot, stopped
+from transformers import GPT2Config, LlamaConfig
 
 from serving.encoding import encode
 from serving.loading import load_model
 from serving.locating import EMBEDDED
 
 
-@pytest.mark.parametrize("source", [EMBEDDED, "gpt2-shape"])
+@pytest.mark.parametrize("source", [EMBEDDED, "gpt2-shape", "llama-1b-shape"])
 def test_an_endless_model_writes_as_many_tokens_as_it_may(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(
-        in_process, "GPT2Config", lambda: in_process.GPT2LMHeadModel.config_class(n_layer=1)
-    )
+    monkeypatch.setitem(in_process.SHAPES, "gpt2-shape", GPT2Config(n_layer=1))
+    llama = in_process.SHAPES["llama-1b-shape"].to_dict()
+    small = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 4}
+    monkeypatch.setitem(in_process.SHAPES, "llama-1b-shape", LlamaConfig(**llama | small))
     in_process.save_endless(source, tmp_path)
     loaded = load_model(str(tmp_path))
-    for way in (in_process.Generate, in_process.Continuous):
-        way(loaded).run(3, 150)  # asserts that so many came, or waits for them
+    for way in (in_process.Generate(loaded), in_process.Continuous(loaded, 2)):
+        way.run(3, 150)  # asserts that so many came, or waits for them
     text = [{"role": "user", "content": "Thank you, good night!"}]
     assert encode(text, loaded.tokenizer, 100)
 
@@ -73,8 +75,19 @@ def test_the_load_command_prints_a_summary(bots: Bots):
     assert "16 replies" in ran.stderr  # progress
 
 
+def test_a_bot_is_measured_as_it_is_asked_for(tmp_path):
+    options = argparse.Namespace(dtype="bfloat16", cpus=1, gpus=1.0, max_batch_size=64)
+    common = ["dtype=bfloat16", "num_cpus=1", "num_gpus=1.0"]
+    assert bench.bot_arguments("textbot", options) == common
+    batch = bench.bot_arguments("continuousbot+haproxy", options)
+    assert batch == [*common, "max_batch_size=64"]
+    server = our_bot("continuousbot+haproxy", tmp_path, batch)
+    assert server.command == ["serve", "run", "continuousbot:build", f"model={tmp_path}", *batch]
+    assert server.environment == SETTINGS["haproxy"]
+
+
 def test_what_is_measured_in_process_waits_to_be_asked():
-    options = argparse.Namespace(dtype="float32", cpus=1, tokens=4)
+    options = argparse.Namespace(dtype="float32", cpus=1, gpus=0, max_batch_size=2, tokens=4)
     with bench.InProcess("generate", REPOSITORY / "models" / EMBEDDED, options) as limit:
         assert limit.measure(1) > 0
         assert limit.measure(3) > 0
@@ -114,6 +127,7 @@ def test_the_report_has_a_table_a_plot_and_the_numbers(tmp_path):
             "dtype": "d",
             "tokens": 8,
             "cpus": 2,
+            "gpus": 0.0,
             "rounds": 2,
             "streams": [1, 4],
         },

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+import torch
 from callers import HttpCaller
 from running_bots import (
     EMOJI_PROMPT,
@@ -18,6 +19,7 @@ from running_bots import (
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from serving import paging
 from serving.encoding import encode
@@ -114,7 +116,6 @@ def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_replaced(bot
 
 def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):
     """The manager then takes a reply out of the batch, and computes it again later."""
-    monkeypatch.setattr(paging, "MAX_ROWS", 4)
     monkeypatch.setattr(paging, "TOKENS_PER_ROW", 32)
     offload, offloaded = OffloadingManager.offload_requests, []
 
@@ -124,12 +125,27 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", count)
     tokens, prompts = 60, PROMPTS * 2
-    manager = paging.start_manager(loaded.model, context=128)
+    manager = paging.start_manager(loaded.model, context=128, rows=4)
     assert manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE == 128
     replies = replies_of(manager, loaded, [[prompt] for prompt in prompts], tokens)
     manager.stop()
     assert any(offloaded)
     assert replies == [reference(loaded, [prompt], tokens) for prompt in prompts]
+
+
+def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, monkeypatch):
+    prepare, rows = paging.SampleRequests.prepare_tensor_args, []
+
+    def count(self: paging.SampleRequests, going_on: list[FutureRequestState]) -> torch.Tensor:
+        rows.append(len(going_on))
+        return prepare(self, going_on)
+
+    monkeypatch.setattr(paging.SampleRequests, "prepare_tensor_args", count)
+    manager = paging.start_manager(loaded.model, context=128, rows=3)
+    replies = replies_of(manager, loaded, [[prompt] for prompt in PROMPTS], 8)
+    manager.stop()
+    assert max(rows) == 3
+    assert replies == [reference(loaded, [prompt], 8) for prompt in PROMPTS]
 
 
 def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded):
@@ -140,7 +156,7 @@ def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded)
         lambda model, arguments, options: computed.append(options["input_ids"].numel()),
         with_kwargs=True,
     )
-    manager = paging.start_manager(loaded.model, context=512)
+    manager = paging.start_manager(loaded.model, context=512, rows=32)
     replies = replies_of(manager, loaded, conversations[:1], 8)
     first = sum(computed)
     replies += replies_of(manager, loaded, conversations[1:], 8)
