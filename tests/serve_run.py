@@ -45,10 +45,12 @@ def serve_run(
     ready = threading.Event()
 
     def read() -> None:
-        for line in process.stdout or []:
-            printed.append(line)
-            if ready_line in line:
-                ready.set()
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                printed.append(line)
+                if ready_line in line:
+                    ready.set()
         ready.set()  # also when it has ended before
 
     reader = threading.Thread(target=read)
