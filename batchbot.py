@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import torch
 from fastapi import Depends, FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
-from transformers import StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from serving.access import Access
@@ -172,10 +173,20 @@ class Batchbot:
         self.waiting = Population(self.metrics.waiting)
         self.batch = Population(self.metrics.batch_rows)
         self.model_thread = ModelThread(stall_timeout_s)
+        self.configured = False
         logger.info(f"{self.model_name} is ready")
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        settings = BatchSettings.model_validate(user_config)
+        """Called by Serve when the replica starts, and for each new `user_config`."""
+        try:
+            settings = BatchSettings.model_validate(user_config)
+        except ValidationError as error:
+            if not self.configured:
+                raise
+            # Serve would stop the replica, and those that it starts instead would fail likewise.
+            logger.error(f"the batches stay as they are: {error}")
+            return
+        self.configured = True
         self.run_model.set_max_batch_size(settings.max_batch_size)
         self.run_model.set_batch_wait_timeout_s(settings.batch_wait_timeout_s)
 
@@ -227,13 +238,14 @@ class Batchbot:
         inputs = self.tokenizer.pad(
             {"input_ids": [row.input_ids for row in rows]}, padding=True, return_tensors="pt"
         ).to(self.model.device)
-        input_ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
+        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        reused: dict[str, DynamicCache] = {}
         streamer.prompt_length = input_ids.shape[1]
         while True:
             output = self.model.generate(
                 input_ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **reused,
                 max_new_tokens=self.max_new_tokens,
                 logits_processor=[SampleRows([row.sampler for row in streamer.rows])],
                 streamer=streamer,
@@ -247,8 +259,9 @@ class Batchbot:
             mask = torch.nn.functional.pad(
                 mask[left], (0, input_ids.shape[1] - mask.shape[1]), value=1
             )
-            if cache is not None:
+            if type(cache) is DynamicCache:  # without one that can be cut, all is computed anew
                 cache.reorder_cache(left)
+                reused = {"past_key_values": cache}
             streamer.drop_ended()
 
     async def consume_streamer(

@@ -139,17 +139,26 @@ class BatchSettings(BaseModel, extra="forbid"):
     )
 
 
+def requests_beside(max_batch_size: int) -> dict[str, int]:
+    """How many requests a replica and Serve's proxies take: a batch, and as many that wait."""
+    requests = max(100, 2 * max_batch_size)
+    return {"max_ongoing_requests": requests, "max_queued_requests": requests}
+
+
 class ContinuousbotArguments(BotArguments):
     max_batch_size: int = Field(
         default=DEFAULT_CONTINUOUS_BATCH_SIZE,
         gt=0,
-        description="Replies at once, at most. Each adds 256 tokens to the cache that all share, "
-        "which takes half of the free memory at most. A GPU has room for more than a CPU.",
+        description="Replies at once, at most. The cache that they share has 256 tokens for each, "
+        "or the model's context if that is more, and half of the free memory at most.",
     )
 
     def autoscaling_config(self) -> dict[str, Any]:
         """Half of its places, so that a new prompt begins at once."""
         return {"target_ongoing_requests": (self.max_batch_size + 1) // 2}
+
+    def deployment_options(self) -> dict[str, Any]:
+        return super().deployment_options() | requests_beside(self.max_batch_size)
 
     def constructor_arguments(self) -> dict[str, Any]:
         return super().constructor_arguments() | {"max_batch_size": self.max_batch_size}
@@ -162,4 +171,5 @@ class BatchbotArguments(BotArguments, BatchSettings):
 
     def deployment_options(self) -> dict[str, Any]:
         settings = self.model_dump(include=set(BatchSettings.model_fields))
-        return super().deployment_options() | {"user_config": settings}
+        options = super().deployment_options() | {"user_config": settings}
+        return options | requests_beside(self.max_batch_size)

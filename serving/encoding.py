@@ -18,6 +18,10 @@ class PromptTooLong(ValueError):
     """A prompt that does not fit the context, even with all earlier exchanges dropped."""
 
 
+class UnknownToken(ValueError):
+    """A prompt with a token that was added to the tokenizer, but not to the model."""
+
+
 def begin(system_prompt: str | None) -> list[Turn]:
     """A conversation in which nobody has spoken yet."""
     return [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -28,7 +32,8 @@ def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: i
 
     Drops from `conversation` the oldest exchanges (a prompt and its reply), one by one, until it
     fits; the system prompt stays. What is dropped never fits again, so it is dropped for good.
-    Raises PromptTooLong if the last prompt does not fit alone.
+    Raises PromptTooLong if the last prompt does not fit alone, UnknownToken if a token of it is at
+    or above the tokenizer's `model_vocab_size`, which load_model and check_model set.
     """
     check_size(conversation[-1]["content"], room)
     first = 1 if conversation[0]["role"] == "system" else 0
@@ -36,6 +41,11 @@ def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: i
         if len(conversation) - first == 1:
             raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room} fit")
         del conversation[first : first + 2]
+    # One such token would fail the model, and with it all replies of a batch.
+    known = getattr(tokenizer, "model_vocab_size", None)
+    if known is not None and (last := max(ids, default=0)) >= known:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise UnknownToken(f"the prompt has a token that the model does not know: {token}")
     return ids
 
 

@@ -84,9 +84,11 @@ def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise source.problem(f"{config.model_type} is not a causal language model")
     try:
-        return config, AutoTokenizer.from_pretrained(source.place, **source.options)
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options)
     except Exception as error:
         raise source.problem("the tokenizer cannot be read", error) from error
+    tokenizer.model_vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    return config, tokenizer
 
 
 def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

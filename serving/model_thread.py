@@ -8,6 +8,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+import torch
+
 DEFAULT_STALL_TIMEOUT_S = 120.0  # the first token of a long prompt may take a slow machine a minute
 
 logger = logging.getLogger("ray.serve")
@@ -134,6 +136,9 @@ class ModelThread:
                 if streamer.unread:
                     logger.exception("The model failed for a reply that nobody reads any more")
                 streamer.fail(error)
+                if gpu_is_lost():
+                    self._give_up(ModelStalled("the GPU has failed"))
+                    return
             except (
                 BaseException
             ) as error:  # such as SystemExit, which must not reach the event loop
@@ -156,3 +161,14 @@ class ModelThread:
         for streamer in [*filter(None, [self.running]), *self.waiting]:
             streamer.fail(error)
             streamer.cancel()
+
+
+def gpu_is_lost() -> bool:
+    """Whether an error has left the GPU of no use to this process: all that follows fails, too."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -27,7 +27,8 @@ PROMPT_TOKENS_PER_STEP = 256  # longer prompts hold up the other replies no long
 def start_manager(model: PreTrainedModel, context: int, rows: int) -> ContinuousBatchingManager:
     """Start the thread that runs the model for all requests that are added, so many at once.
 
-    Raises MemoryError if the cache does not fit, ValueError for a model that cannot be batched so.
+    Raises MemoryError if the cache does not fit, ValueError or the model's own error if it cannot
+    be batched so.
     """
     config = ContinuousBatchingConfig(
         page_size=PAGE_SIZE,
@@ -38,6 +39,8 @@ def start_manager(model: PreTrainedModel, context: int, rows: int) -> Continuous
         # one step, which is done before the next one is prepared.
         use_cuda_graph=False,
         use_async_batching=False,
+        # Where flash attention is installed, it computes on a GPU only, and in no other numbers.
+        auto_switch_to_flash=model.device.type == "cuda" and model.dtype.itemsize == 2,
     )
     # By default it would take most of the memory. On a CPU each step would cost accordingly, and on
     # a GPU there may be other replicas.
@@ -53,7 +56,7 @@ def start_manager(model: PreTrainedModel, context: int, rows: int) -> Continuous
     def start() -> None:
         try:
             manager.warmup()  # allocates the cache
-            manager.start()
+            try_out(manager, model.config.model_type)
         except Exception as problem:
             problems.append(problem)
 
@@ -64,8 +67,33 @@ def start_manager(model: PreTrainedModel, context: int, rows: int) -> Continuous
     starter.start()
     starter.join()
     if problems:
+        manager.stop()
         raise problems[0]
     return manager
+
+
+def try_out(manager: ContinuousBatchingManager, model_type: str) -> None:
+    """Start, and write two tokens: some models cannot, some ignore the cache and write nonsense."""
+    cache = manager.batch_processor.cache
+    update, updated = cache.update, threading.Event()
+
+    def watched(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        updated.set()
+        return update(*arguments, **options)
+
+    cache.update = watched
+    manager.start()
+    manager.add_request([0, 0], max_new_tokens=2, sampler=None)
+    while (output := manager.get_result(timeout=1)) is None and manager.is_running():
+        pass
+    cache.update = update
+    problem = output.error if output else "the model's thread has ended"
+    if not problem and not updated.is_set():
+        problem = "its attention does not use the cache that all requests share"
+    if problem:
+        raise ValueError(
+            f"transformers cannot batch {model_type} continuously: {problem}; the Batchbot can"
+        )
 
 
 def free_memory(model: PreTrainedModel) -> int:

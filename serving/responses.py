@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import GuardAccess
-from serving.encoding import PromptTooLong
+from serving.encoding import PromptTooLong, UnknownToken
 from serving.metrics import CountOutcomes
 
 
@@ -77,6 +77,11 @@ async def too_long(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=413)
 
 
+async def unknown_token(request: Request, error: Exception) -> JSONResponse:
+    detail = [{"type": "unknown_token", "loc": ["body", "prompt"], "msg": str(error)}]
+    return JSONResponse({"detail": detail}, status_code=422)
+
+
 async def failed(request: Request, error: Exception) -> JSONResponse:
     """A failure before the first byte. Serve logs its traceback; callers only learn its kind."""
     detail = f"the reply failed: {type(error).__name__}"
@@ -111,6 +116,7 @@ HTTP: dict[str, Any] = {
     "middleware": [Middleware(NameTheModel), Middleware(CountOutcomes), Middleware(GuardAccess)],
     "exception_handlers": {
         PromptTooLong: too_long,
+        UnknownToken: unknown_token,
         WebSocketRequestValidationError: refuse_handshake,
         Exception: failed,
     },

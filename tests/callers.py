@@ -12,7 +12,7 @@ from running_bots import HANG_S, Bot
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-REFUSED = (1003, 1009, 1013)  # WebSocket close codes
+REFUSED = (1003, 1007, 1009, 1013)  # WebSocket close codes
 
 
 class HttpCaller:

@@ -57,9 +57,11 @@ def test_a_relative_folder_becomes_absolute(model, monkeypatch):
 
 
 def test_the_size_of_a_continuous_batch_reaches_the_bot_and_its_autoscaling():
-    arguments = ContinuousbotArguments(model=EMBEDDED, max_batch_size=5, num_replicas="auto")
-    assert arguments.constructor_arguments()["max_batch_size"] == 5
-    assert arguments.deployment_options()["autoscaling_config"] == {"target_ongoing_requests": 3}
+    arguments = ContinuousbotArguments(model=EMBEDDED, max_batch_size=75, num_replicas="auto")
+    assert arguments.constructor_arguments()["max_batch_size"] == 75
+    options = arguments.deployment_options()
+    assert options["autoscaling_config"] == {"target_ongoing_requests": 38}
+    assert (options["max_ongoing_requests"], options["max_queued_requests"]) == (150, 150)
     with pytest.raises(ValidationError, match="greater than 0"):
         ContinuousbotArguments(max_batch_size=0)
 
@@ -72,6 +74,8 @@ def test_options_reach_ray_and_the_batch():
         "autoscaling_config": {"target_ongoing_requests": 3},  # a full batch
         "graceful_shutdown_timeout_s": 120.0,
         "user_config": {"max_batch_size": 3, "batch_wait_timeout_s": 0.1},
+        "max_ongoing_requests": 100,
+        "max_queued_requests": 100,
     }
     build(arguments)
 

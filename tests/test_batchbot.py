@@ -3,9 +3,11 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import requests
+import torch
 from callers import HttpCaller
 from ray import serve
 from running_bots import (
@@ -18,8 +20,12 @@ from running_bots import (
     http_reply,
     reference,
 )
+from scripted import byte_tokenizer
+from transformers import AutoModelForCausalLM, MiniMaxConfig
 
+from batchbot import Batchbot
 from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
+from serving.loading import load_model
 
 PROMPTS = [
     "Hi",
@@ -184,6 +190,45 @@ def test_a_failure_in_the_middle_breaks_off_the_rows_that_still_ran(pairs, loade
             broken.result()
     batches_of("batchbot", 1, wait_s=0)
     assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
+
+
+def test_settings_that_are_wrong_leave_a_running_bot_as_it_is(batchbot, loaded):
+    batches_of("batchbot", 1, wait_s=60)
+    batches_of("batchbot", 0, wait_s=30)
+    assert http_reply(batchbot, SHORT, 2) == reference(loaded, [SHORT], 2)  # it is a full batch
+
+
+def test_rows_end_apart_though_the_cache_cannot_be_cut(port, tmp_path):
+    """As with MiniMax, of whose cache `reorder_cache` leaves a part as it was."""
+    config = MiniMaxConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        block_size=16,
+        max_position_embeddings=128,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer(128)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
+    serve.run(app.bind(str(tmp_path)), name="other", route_prefix="/other")
+    bot = Bot(f"127.0.0.1:{port}/other/", None)
+    prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
+    with ThreadPoolExecutor(3) as callers:
+        replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
+    serve.delete("other")
+    model = load_model(str(tmp_path))
+    assert replies == [
+        reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
+    ]
 
 
 def test_emoji_and_chinese_arrive_whole_in_every_row(bots: Bots):

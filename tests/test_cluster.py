@@ -89,6 +89,16 @@ class Cluster:
         )
         return self.status(name)
 
+    def wait_for_user_config(self, name: str, user_config: dict[str, Any]) -> None:
+        """Until the replicas of an application's one deployment have got it."""
+
+        def has_come() -> bool:
+            (deployment,) = self.status(name)["deployments"].values()
+            return deployment["deployment_config"]["user_config"] == user_config
+
+        wait_until(has_come, STARTED_S, f"the user_config of {name} does not come")
+        self.wait_for_status(name, "RUNNING")
+
     def rows(self, node: str) -> int:
         """The replies that a node's replicas are writing in batches, by their own metrics."""
         url = f"http://127.0.0.1:{self.metrics_ports[node]}/metrics"
@@ -170,16 +180,11 @@ def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp
     before, bot = cluster.replicas("batchbot"), cluster.bot("batchbot")
     (deployment,) = cluster.application("batchbot")["deployments"]
 
-    def has_come() -> bool:
-        running = cluster.status("batchbot")["deployments"]["Batchbot"]["deployment_config"]
-        return running["user_config"] == deployment["user_config"]
-
     def first_text_after(**settings: float) -> float:
         deployment["user_config"] |= settings
         ran = cluster.deploy(tmp_path)
         assert ran.returncode == 0, ran.stderr
-        wait_until(has_come, STARTED_S, "the change does not come")
-        cluster.wait_for_status("batchbot", "RUNNING")
+        cluster.wait_for_user_config("batchbot", deployment["user_config"])
         asked = time.monotonic()
         caller = HttpCaller(bot, "Hello!", 1)
         caller.first()
@@ -223,6 +228,20 @@ def test_a_bad_config_is_rejected_and_the_running_version_serves(
     assert cluster.deploy(tmp_path).returncode == 0
     cluster.wait_for_status("textbot", "RUNNING")
     assert cluster.replicas("textbot") == before
+
+
+def test_a_bad_user_config_leaves_the_running_replicas_as_they_are(cluster, loaded, tmp_path):
+    before = cluster.replicas("batchbot")
+    (deployment,) = cluster.application("batchbot")["deployments"]
+    good = dict(deployment["user_config"])
+    for settings in ({"max_batch_size": 0}, good):
+        deployment["user_config"] |= settings
+        assert cluster.deploy(tmp_path).returncode == 0
+        cluster.wait_for_user_config("batchbot", deployment["user_config"])
+        caller = HttpCaller(cluster.bot("batchbot"), "Hello!")
+        assert caller.outcome() == "finished"
+        assert caller.text == reference(loaded, ["Hello!"], 256)
+        assert cluster.replicas("batchbot") == before
 
 
 def test_a_config_that_does_not_fit_the_schema_is_not_taken(cluster, tmp_path):

@@ -1,5 +1,6 @@
 """continuousbot.py on a real Serve: requests join and leave a batch that goes on."""
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import pytest
 import requests
 import torch
 from callers import HttpCaller
+from ray import serve
 from running_bots import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
@@ -17,10 +19,12 @@ from running_bots import (
     http_reply,
     reference,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPTJConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from continuousbot import Continuousbot
 from serving import paging
 from serving.encoding import encode
 from serving.loading import LoadedModel
@@ -131,6 +135,39 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
     manager.stop()
     assert any(offloaded)
     assert replies == [reference(loaded, [prompt], tokens) for prompt in prompts]
+
+
+def test_a_token_that_the_model_does_not_know_is_a_422_and_harms_nobody(
+    port, emoji_model, tmp_path
+):
+    shutil.copytree(emoji_model, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(tmp_path)
+    serve.run(Continuousbot.bind(str(tmp_path)), name="other", route_prefix="/other")
+    bot = Bot(f"127.0.0.1:{port}/other/", None)
+    caller = HttpCaller(bot, EMOJI_PROMPT)
+    response = requests.post(bot.http, json={"prompt": "[PAD]"})
+    assert response.status_code == 422
+    (problem,) = response.json()["detail"]
+    assert problem["loc"] == ["body", "prompt"]
+    assert problem["msg"].endswith("does not know: [PAD]")
+    assert (caller.outcome(), caller.text) == ("finished", EMOJI_REPLY)
+    serve.delete("other")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=9), "does not use"),
+        (FalconConfig(hidden_size=64, num_attention_heads=4, vocab_size=9), "doesn't match"),
+    ],
+    ids=["gptj", "falcon"],
+)
+def test_a_model_that_cannot_be_batched_so_is_refused_at_the_start(config, problem):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=f"cannot batch {config.model_type}.*{problem}"):
+        paging.start_manager(model, context=64, rows=2)
 
 
 def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, monkeypatch):

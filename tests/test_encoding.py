@@ -3,7 +3,7 @@
 import pytest
 from scripted import EOS, byte_tokenizer
 
-from serving.encoding import PromptTooLong, begin, encode, reply_limit
+from serving.encoding import PromptTooLong, UnknownToken, begin, encode, reply_limit
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -22,6 +22,14 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_by_name(tokenizer):
+    tokenizer.model_vocab_size = len(tokenizer)
+    tokenizer.add_tokens(["[PAD]"])
+    assert encode([user("PAD")], tokenizer, 10)
+    with pytest.raises(UnknownToken, match=r"does not know: \[PAD\]"):
+        encode([user("a [PAD] b")], tokenizer, 10)
 
 
 def test_without_a_template_every_turn_ends_with_eos(tokenizer):

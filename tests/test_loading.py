@@ -21,7 +21,7 @@ from scripted import byte_tokenizer
 from transformers import AutoTokenizer, T5Config
 
 from serving import progress
-from serving.encoding import encode
+from serving.encoding import UnknownToken, encode
 from serving.loading import check_model, load_model
 from serving.locating import EMBEDDED, ModelError, Source, locate
 
@@ -52,6 +52,15 @@ def test_a_folder_is_a_model(emoji_model):
     assert loaded.name == str(emoji_model)
     assert loaded.context == 512
     assert reply(str(emoji_model)) == EMOJI_REPLY
+
+
+def test_a_token_that_only_the_tokenizer_knows_is_refused(copy_of_model):
+    tokenizer = AutoTokenizer.from_pretrained(copy_of_model)
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(copy_of_model)
+    for tokenizer in (check_model(str(copy_of_model))[1], load_model(str(copy_of_model)).tokenizer):
+        with pytest.raises(UnknownToken):
+            encode([{"role": "user", "content": "[PAD]"}], tokenizer, 64)
 
 
 def test_the_embedded_model_is_loaded_in_full_precision():

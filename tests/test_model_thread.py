@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import torch
 from running_bots import HANG_S
 from scripted import byte_tokenizer
 
@@ -209,3 +210,33 @@ def test_a_failure_that_nobody_reads_is_logged(monkeypatch):
     monkeypatch.setattr(model_thread.logger, "exception", said.append)
     run(test)
     assert said == ["The model failed for a reply that nobody reads any more"]
+
+
+def test_a_lost_gpu_ends_the_thread_and_all_who_wait(monkeypatch):
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    async def test() -> None:
+        thread, held = ModelThread(), Held()
+        streamer = ReplyStreamer(TOKENIZER)
+        thread.submit(streamer, die, RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await read(streamer)
+        running = await held.submit_to(thread)  # the GPU is there still
+        failing, waiting = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        thread.submit(failing, die, RuntimeError("device-side assert"))
+        thread.submit(waiting, say, "Hi")
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        held.go.set()
+        assert await read(running) == ""
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            await read(failing)
+        with pytest.raises(ModelStalled, match="the GPU has failed"):
+            await read(waiting)
+        with pytest.raises(ModelStalled, match="the GPU has failed"):
+            thread.check()
+
+    run(test)
