@@ -5,7 +5,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import bench
@@ -14,7 +13,7 @@ import psutil
 import pytest
 from load import Reply, bot, closed_loop, mean_length, open_loop, summarize
 from report import write_report
-from running_bots import HANG_S, REPOSITORY, Bots
+from running_bots import HANG_S, REPOSITORY, Bots, wait_until
 from servers import SETTINGS, our_bot, stopped
 from transformers import GPT2Config, LlamaConfig
 
@@ -101,14 +100,16 @@ def test_a_server_that_is_stopped_and_its_children_do_not_run_meanwhile():
     server.stdout.readline()
     family = psutil.Process(server.pid)
 
-    def wait_until(holds: Callable[[str], bool]) -> None:
-        deadline = time.monotonic() + HANG_S
-        while not all(holds(process.status()) for process in [family, *family.children()]):
-            assert time.monotonic() < deadline
+    def wait_for(holds: Callable[[str], bool]) -> None:
+        wait_until(
+            lambda: all(holds(each.status()) for each in [family, *family.children()]),
+            HANG_S,
+            "the server and its children are in another state",
+        )
 
     with stopped(family):
-        wait_until(lambda status: status == psutil.STATUS_STOPPED)
-    wait_until(lambda status: status != psutil.STATUS_STOPPED)
+        wait_for(lambda status: status == psutil.STATUS_STOPPED)
+    wait_for(lambda status: status != psutil.STATUS_STOPPED)
     for process in [*family.children(), family]:
         process.kill()
     server.communicate()
