@@ -1,6 +1,7 @@
 """Several prompts in one run of the model, each reply to its caller: `serve run batchbot:app`."""
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -32,6 +33,8 @@ from serving.streaming import Handover, pace
 logger = logging.getLogger("ray.serve")
 
 fastapi_app = FastAPI(title="Batchbot", **HTTP)
+
+CACHE_NAMES = ("past_key_values", "cache_params")  # the second is Mamba's; some models take none
 
 # Of one row: text, "" if there is none yet, an error that concerns it alone, or its end.
 Item = str | Exception | type[StopIteration]
@@ -240,6 +243,7 @@ class Batchbot:
         ).to(self.model.device)
         input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
         reused: dict[str, DynamicCache] = {}
+        parameters = inspect.signature(self.model.forward).parameters
         streamer.prompt_length = input_ids.shape[1]
         while True:
             output = self.model.generate(
@@ -261,7 +265,7 @@ class Batchbot:
             )
             if type(cache) is DynamicCache:  # without one that can be cut, all is computed anew
                 cache.reorder_cache(left)
-                reused = {"past_key_values": cache}
+                reused = {name: cache for name in CACHE_NAMES if name in parameters}
             streamer.drop_ended()
 
     async def consume_streamer(

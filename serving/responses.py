@@ -73,6 +73,21 @@ class NameTheModel:
         await self.app(scope, receive, send_named)
 
 
+class CompletePath:
+    """ASGI middleware: a bot's route prefix alone, `/chatbot`, is its `/`.
+
+    Starlette would redirect to it, which clients of WebSockets need not follow.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan" and scope["path"] == scope.get("root_path", ""):
+            scope["path"] += "/"
+        await self.app(scope, receive, send)
+
+
 async def too_long(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=413)
 
@@ -113,7 +128,12 @@ logging.getLogger("ray.serve").addFilter(traceback_once)
 
 # For FastAPI: what is the same in all bots.
 HTTP: dict[str, Any] = {
-    "middleware": [Middleware(NameTheModel), Middleware(CountOutcomes), Middleware(GuardAccess)],
+    "middleware": [
+        Middleware(NameTheModel),
+        Middleware(CountOutcomes),
+        Middleware(GuardAccess),
+        Middleware(CompletePath),
+    ],
     "exception_handlers": {
         PromptTooLong: too_long,
         UnknownToken: unknown_token,

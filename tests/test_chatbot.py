@@ -35,6 +35,11 @@ def test_a_conversation_is_remembered(chatbot, loaded):
     assert "Anna" in with_memory
 
 
+def test_the_last_slash_of_the_address_may_be_left_out(chatbot, loaded):
+    with connect(chatbot.ws.removesuffix("/")) as websocket:
+        assert ask(websocket, "Hello!") == reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
+
+
 def test_two_clients_have_two_conversations(chatbot, loaded):
     question = "What is my name?"
     with connect(chatbot.ws) as one, connect(chatbot.ws) as other:

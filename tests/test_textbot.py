@@ -36,6 +36,12 @@ def test_a_json_body_says_the_same_as_the_query(textbot):
     assert by_query.headers["X-Model"] == "tiny-dialog"
 
 
+def test_the_last_slash_of_the_address_may_be_left_out(textbot, loaded):
+    address = textbot.http.removesuffix("/")
+    response = requests.post(address, params={"prompt": "Hello!"}, allow_redirects=False)
+    assert response.text == reference(loaded, ["Hello!"], MAX_NEW_TOKENS)
+
+
 def test_a_request_may_ask_for_a_shorter_reply(textbot, loaded):
     prompt = "Tell me a story about dogs."
     assert http_reply(textbot, prompt, max_new_tokens=7) == reference(loaded, [prompt], 7)
