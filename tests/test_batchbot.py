@@ -21,7 +21,7 @@ from running_bots import (
     reference,
 )
 from scripted import byte_tokenizer
-from transformers import AutoModelForCausalLM, MiniMaxConfig
+from transformers import AutoModelForCausalLM, MambaConfig, MiniMaxConfig, OpenAIGPTConfig
 
 from batchbot import Batchbot
 from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
@@ -198,20 +198,25 @@ def test_settings_that_are_wrong_leave_a_running_bot_as_it_is(batchbot, loaded):
     assert http_reply(batchbot, SHORT, 2) == reference(loaded, [SHORT], 2)  # it is a full batch
 
 
-def test_rows_end_apart_though_the_cache_cannot_be_cut(port, tmp_path):
-    """As with MiniMax, of whose cache `reorder_cache` leaves a part as it was."""
-    config = MiniMaxConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        block_size=16,
-        max_position_embeddings=128,
-        layer_types=["linear_attention", "full_attention"],
-    )
+MINIMAX = MiniMaxConfig(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=2,
+    block_size=16,
+    max_position_embeddings=128,
+    layer_types=["linear_attention", "full_attention"],
+)
+MAMBA = MambaConfig(hidden_size=32, num_hidden_layers=2, tie_word_embeddings=False)
+OPENAI_GPT = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, n_positions=128)
+
+
+@pytest.mark.parametrize("config", [MINIMAX, MAMBA, OPENAI_GPT], ids=lambda each: each.model_type)
+def test_rows_end_apart_whatever_the_cache_is(config, port, tmp_path):
+    """`reorder_cache` cuts a part of MiniMax's only, Mamba's has another name, GPT's is empty."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer(128)
     config.vocab_size = len(tokenizer)
@@ -219,12 +224,15 @@ def test_rows_end_apart_though_the_cache_cannot_be_cut(port, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
-    serve.run(app.bind(str(tmp_path)), name="other", route_prefix="/other")
-    bot = Bot(f"127.0.0.1:{port}/other/", None)
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
-    with ThreadPoolExecutor(3) as callers:
-        replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
-    serve.delete("other")
+    try:
+        serve.run(app.bind(str(tmp_path)), name="other", route_prefix="/other")
+        bot = Bot(f"127.0.0.1:{port}/other/", None)
+        with ThreadPoolExecutor(3) as callers:
+            replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
+    finally:
+        serve.delete("other")
+    assert len(set(map(len, replies))) > 1  # they did not end together
     model = load_model(str(tmp_path))
     assert replies == [
         reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
