@@ -25,6 +25,7 @@ from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
 from serving.openapi import PROMPT_ROUTE
+from serving.padding import check_padding
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.sampling import Sampler, SampleRows
@@ -168,6 +169,7 @@ class Batchbot:
         # Short prompts are padded, on the left: a reply continues the end of its row.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
+        check_padding(self.model)
         # Serve would make many small batches of what arrives while one runs, and run them one by
         # one. Held back until the model is free, they run together.
         self.model_is_free = asyncio.Event()

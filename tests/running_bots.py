@@ -15,6 +15,7 @@ import requests
 import torch
 from gated import Gate, GatedBatchbot, GatedChatbot, GatedContinuousbot, GatedTextbot, gated
 from ray import serve
+from ray.serve import Application
 from scripted import save_scripted_model
 
 from batchbot import Batchbot
@@ -143,6 +144,18 @@ def bots(port: int, emoji_model: Path, tmp_path_factory: pytest.TempPathFactory)
     for bot in running.values():  # HAProxy learns of them a little later
         wait_until(partial(answers, bot), HANG_S, f"{bot.http} is not there")
     return Bots(**running)
+
+
+@pytest.fixture
+def run_other(port: int) -> Iterator[Callable[[Application], Bot]]:
+    """Runs one more application beside the bots, for one test."""
+
+    def run(app: Application) -> Bot:
+        serve.run(app, name="other", route_prefix="/other")
+        return Bot(f"127.0.0.1:{port}/other/", None)
+
+    yield run
+    serve.delete("other")
 
 
 @pytest.fixture(scope="session")

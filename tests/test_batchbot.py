@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import requests
@@ -21,11 +22,20 @@ from running_bots import (
     reference,
 )
 from scripted import byte_tokenizer
-from transformers import AutoModelForCausalLM, MambaConfig, MiniMaxConfig, OpenAIGPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    MambaConfig,
+    MiniMaxConfig,
+    OpenAIGPTConfig,
+    PreTrainedConfig,
+    RwkvConfig,
+)
 
 from batchbot import Batchbot
 from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
 from serving.loading import load_model
+from serving.padding import check_padding
 
 PROMPTS = [
     "Hi",
@@ -212,31 +222,54 @@ MINIMAX = MiniMaxConfig(
 )
 MAMBA = MambaConfig(hidden_size=32, num_hidden_layers=2, tie_word_embeddings=False)
 OPENAI_GPT = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, n_positions=128)
+RWKV = RwkvConfig(hidden_size=32, num_hidden_layers=2, context_length=128)  # ignores the mask
+BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2)  # counts padding, too
 
 
-@pytest.mark.parametrize("config", [MINIMAX, MAMBA, OPENAI_GPT], ids=lambda each: each.model_type)
-def test_rows_end_apart_whatever_the_cache_is(config, port, tmp_path):
-    """`reorder_cache` cuts a part of MiniMax's only, Mamba's has another name, GPT's is empty."""
+def save(config: PreTrainedConfig, folder: Path) -> None:
+    """A model of this configuration, with random weights, and a tokenizer for it."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer(128)
     config.vocab_size = len(tokenizer)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("config", [MINIMAX, MAMBA, OPENAI_GPT], ids=lambda each: each.model_type)
+def test_rows_end_apart_whatever_the_cache_is(config, run_other, tmp_path):
+    """`reorder_cache` cuts a part of MiniMax's only, Mamba's has another name, GPT's is empty."""
+    save(config, tmp_path)
     app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
-    try:
-        serve.run(app.bind(str(tmp_path)), name="other", route_prefix="/other")
-        bot = Bot(f"127.0.0.1:{port}/other/", None)
-        with ThreadPoolExecutor(3) as callers:
-            replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
-    finally:
-        serve.delete("other")
+    bot = run_other(app.bind(str(tmp_path)))
+    with ThreadPoolExecutor(3) as callers:
+        replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
     assert len(set(map(len, replies))) > 1  # they did not end together
     model = load_model(str(tmp_path))
     assert replies == [
         reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
     ]
+
+
+@pytest.mark.parametrize("config", [RWKV, BART], ids=lambda each: each.model_type)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_reads_padding_is_known_by_its_logits(config, dtype, tmp_path):
+    save(config, tmp_path)
+    with pytest.raises(ValueError, match=f"cannot batch {config.model_type}: it reads the padding"):
+        check_padding(load_model(str(tmp_path), dtype).model)
+
+
+def test_rounding_is_not_taken_for_padding_that_is_read():
+    check_padding(load_model("tiny-dialog", "bfloat16").model)
+
+
+def test_a_bot_with_a_model_that_reads_padding_does_not_start(run_other, tmp_path):
+    save(RWKV, tmp_path)
+    with pytest.raises(RuntimeError):
+        run_other(Batchbot.bind(str(tmp_path)))
+    (failed,) = serve.status().applications["other"].deployments.values()
+    assert "it reads the padding" in failed.message
 
 
 def test_emoji_and_chinese_arrive_whole_in_every_row(bots: Bots):

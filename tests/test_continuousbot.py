@@ -8,7 +8,6 @@ import pytest
 import requests
 import torch
 from callers import HttpCaller
-from ray import serve
 from running_bots import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
@@ -138,14 +137,13 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
 
 
 def test_a_token_that_the_model_does_not_know_is_a_422_and_harms_nobody(
-    port, emoji_model, tmp_path
+    run_other, emoji_model, tmp_path
 ):
     shutil.copytree(emoji_model, tmp_path, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_tokens(["[PAD]"])
     tokenizer.save_pretrained(tmp_path)
-    serve.run(Continuousbot.bind(str(tmp_path)), name="other", route_prefix="/other")
-    bot = Bot(f"127.0.0.1:{port}/other/", None)
+    bot = run_other(Continuousbot.bind(str(tmp_path)))
     caller = HttpCaller(bot, EMOJI_PROMPT)
     response = requests.post(bot.http, json={"prompt": "[PAD]"})
     assert response.status_code == 422
@@ -153,7 +151,6 @@ def test_a_token_that_the_model_does_not_know_is_a_422_and_harms_nobody(
     assert problem["loc"] == ["body", "prompt"]
     assert problem["msg"].endswith("does not know: [PAD]")
     assert (caller.outcome(), caller.text) == ("finished", EMOJI_REPLY)
-    serve.delete("other")
 
 
 @pytest.mark.parametrize(
