@@ -8,7 +8,7 @@ import struct
 from typing import Any
 from urllib.parse import urlsplit
 
-from running_bots import HANG_S, Bot
+from bot_fixtures import HANG_S, Bot
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 

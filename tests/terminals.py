@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pexpect
 import pyte
-from running_bots import HANG_S, REPOSITORY
+from bot_fixtures import HANG_S, REPOSITORY
 
 WIDTH, HEIGHT = 120, 30
 

@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import requests
+from bot_fixtures import EMOJI_PROMPT
+from callers import ChatCaller, HttpCaller
 from huggingface_hub import constants
 from pydantic import ValidationError
-from running_bots import EMOJI_PROMPT
-from scripted import save_scripted_model
+from scripted_model import save_scripted_model
 from transformers import AutoTokenizer
 
-from batchbot import build
+import batchbot
+import chatbot
+import continuousbot
+import textbot
 from serving.access import Access
 from serving.arguments import (
     BatchbotArguments,
@@ -77,7 +82,25 @@ def test_options_reach_ray_and_the_batch():
         "max_ongoing_requests": 100,
         "max_queued_requests": 100,
     }
-    build(arguments)
+    batchbot.build(arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (textbot, BotArguments),
+        (chatbot, ChatbotArguments),
+        (batchbot, BatchbotArguments),
+        (continuousbot, ContinuousbotArguments),
+    ],
+)
+def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
+    bot = run_other(module.build(arguments(model=str(model), max_new_tokens=3, num_cpus=0.5)))
+    prompt = "x" * len(EMOJI_PROMPT)
+    caller = (ChatCaller if module is chatbot else HttpCaller)(bot, prompt)
+    assert caller.outcome() == "finished"
+    assert caller.text == "Hel"
+    assert requests.head(bot.http).headers["X-Model"] == str(model)
 
 
 @pytest.mark.parametrize("name", [None, "model"])

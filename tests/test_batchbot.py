@@ -1,4 +1,4 @@
-"""batchbot.py on a real Serve: rows that run together, and end each for itself."""
+"""batchbot.py: rows that run together, and end each for itself."""
 
 import time
 from collections.abc import Iterator
@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from callers import HttpCaller
-from ray import serve
-from running_bots import (
+from bot_fixtures import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
     MAX_NEW_TOKENS,
     WITH_KEY,
     Bot,
     Bots,
+    batches_of,
     http_reply,
     reference,
 )
-from scripted import byte_tokenizer
+from callers import HttpCaller
+from ray import serve
+from scripted_model import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -47,27 +48,22 @@ PROMPTS = [
 SHORT, LONG = "Thank you, good night!", "Tell me a story about dogs."
 
 
-def batches_of(name: str, size: int, wait_s: float) -> None:
-    handle = serve.get_app_handle(name)
-    handle.reconfigure.remote({"max_batch_size": size, "batch_wait_timeout_s": wait_s}).result()
-
-
 @pytest.fixture
 def batchbot(bots: Bots) -> Iterator[Bot]:
     bots.batchbot.gate.open()
     yield bots.batchbot
-    batches_of("batchbot", DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+    batches_of(bots.batchbot, DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
 
 
 @pytest.fixture
 def pairs(batchbot: Bot) -> Bot:
     """A Batchbot whose batches start as soon as, and not before, two requests are there."""
-    batches_of("batchbot", 2, wait_s=60)
+    batches_of(batchbot, 2, wait_s=60)
     return batchbot
 
 
 def test_every_row_of_a_mixed_batch_is_what_generate_says_alone(batchbot, loaded):
-    batches_of("batchbot", len(PROMPTS), wait_s=60)
+    batches_of(batchbot, len(PROMPTS), wait_s=60)
     with ThreadPoolExecutor(len(PROMPTS)) as callers:
         replies = list(callers.map(lambda prompt: http_reply(batchbot, prompt), PROMPTS))
     assert replies == [reference(loaded, [prompt], MAX_NEW_TOKENS) for prompt in PROMPTS]
@@ -124,7 +120,7 @@ def test_the_model_runs_no_longer_than_the_longest_row(pairs):
 
 
 def test_a_row_that_has_finished_or_was_left_costs_nothing_more(batchbot, loaded):
-    batches_of("batchbot", 3, wait_s=60)
+    batches_of(batchbot, 3, wait_s=60)
     batchbot.gate.hold_after(4)
     staying, _, leaving = (HttpCaller(batchbot, LONG, limit) for limit in (8, 3, None))
     leaving.first()
@@ -186,7 +182,7 @@ def test_a_failure_before_the_first_token_is_a_500_for_every_row(pairs, loaded):
         for row in rows:
             assert row.result().status_code == 500
             assert row.result().json() == {"detail": "the reply failed: RuntimeError"}
-    batches_of("batchbot", 1, wait_s=0)
+    batches_of(pairs, 1, wait_s=0)
     assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
 
 
@@ -198,13 +194,13 @@ def test_a_failure_in_the_middle_breaks_off_the_rows_that_still_ran(pairs, loade
         assert whole.result() == reference(loaded, [LONG], 2)
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             broken.result()
-    batches_of("batchbot", 1, wait_s=0)
+    batches_of(pairs, 1, wait_s=0)
     assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
 
 
 def test_settings_that_are_wrong_leave_a_running_bot_as_it_is(batchbot, loaded):
-    batches_of("batchbot", 1, wait_s=60)
-    batches_of("batchbot", 0, wait_s=30)
+    batches_of(batchbot, 1, wait_s=60)
+    batches_of(batchbot, 0, wait_s=30)
     assert http_reply(batchbot, SHORT, 2) == reference(loaded, [SHORT], 2)  # it is a full batch
 
 
@@ -266,16 +262,26 @@ def test_rounding_is_not_taken_for_padding_that_is_read():
 
 def test_a_bot_with_a_model_that_reads_padding_does_not_start(run_other, tmp_path):
     save(RWKV, tmp_path)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="it reads the padding"):
         run_other(Batchbot.bind(str(tmp_path)))
-    (failed,) = serve.status().applications["other"].deployments.values()
-    assert "it reads the padding" in failed.message
 
 
-def test_emoji_and_chinese_arrive_whole_in_every_row(bots: Bots):
+@pytest.mark.exhaustive
+def test_serve_says_why_a_bot_does_not_start(port, tmp_path):
+    save(RWKV, tmp_path)
+    try:
+        with pytest.raises(RuntimeError):
+            serve.run(Batchbot.bind(str(tmp_path)), name="other", route_prefix="/other")
+        (failed,) = serve.status().applications["other"].deployments.values()
+        assert "it reads the padding" in failed.message
+    finally:
+        serve.delete("other")
+
+
+def test_unicode_arrives_whole_in_every_row(bots: Bots):
     bot = bots.emoji_batchbot
     bot.gate.open()
-    batches_of("emoji_batchbot", 2, wait_s=60)
+    batches_of(bot, 2, wait_s=60)
 
     def chunks_of(prompt: str) -> list[str]:
         with requests.post(
@@ -287,4 +293,4 @@ def test_emoji_and_chinese_arrive_whole_in_every_row(bots: Bots):
         # A prompt that is shorter by two characters has two dots before its reply.
         rows = callers.map(chunks_of, [EMOJI_PROMPT, EMOJI_PROMPT[2:]])
         assert ["".join(row) for row in rows] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
-    batches_of("emoji_batchbot", DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+    batches_of(bot, DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)

@@ -11,9 +11,9 @@ import bench
 import in_process
 import psutil
 import pytest
+from bot_fixtures import HANG_S, REPOSITORY, Bots, wait_until
 from load import Reply, bot, closed_loop, mean_length, open_loop, summarize
 from report import write_report
-from running_bots import HANG_S, REPOSITORY, Bots, wait_until
 from servers import SETTINGS, our_bot, stopped
 from transformers import GPT2Config, LlamaConfig
 
@@ -24,9 +24,11 @@ from serving.locating import EMBEDDED
 
 @pytest.mark.parametrize("source", [EMBEDDED, "gpt2-shape", "llama-1b-shape"])
 def test_an_endless_model_writes_as_many_tokens_as_it_may(tmp_path, source, monkeypatch):
-    monkeypatch.setitem(in_process.SHAPES, "gpt2-shape", GPT2Config(n_layer=1))
+    small = GPT2Config(n_layer=1, n_embd=48, vocab_size=3000)
+    monkeypatch.setitem(in_process.SHAPES, "gpt2-shape", small)
     llama = in_process.SHAPES["llama-1b-shape"].to_dict()
     small = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 4}
+    small["vocab_size"] = 3000
     monkeypatch.setitem(in_process.SHAPES, "llama-1b-shape", LlamaConfig(**llama | small))
     in_process.save_endless(source, tmp_path)
     loaded = load_model(str(tmp_path))

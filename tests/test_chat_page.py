@@ -1,16 +1,13 @@
-"""The chat page in a real Chromium, on a real Serve."""
+"""The chat page in a real Chromium."""
 
 import os
 import shutil
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from ray import serve
-from running_bots import (
+from bot_fixtures import (
     CHAT_MAX_NEW_TOKENS,
     EMOJI_PROMPT,
     EMOJI_REPLY,
@@ -21,6 +18,7 @@ from running_bots import (
     Bots,
     reference,
 )
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from websockets.sync.client import connect
 
 HELLO, STORY = "Hello!", "Tell me a story about dogs."
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 
 
 @pytest.fixture(scope="module")
-def browser(bots: Bots) -> Iterator[Browser]:
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -154,14 +152,12 @@ def test_two_tabs_have_two_conversations(page, browser, chatbot, loaded):
     assert other.problems == []
 
 
+@pytest.mark.parametrize("served", ["chatbot"], indirect=True)
 def test_after_a_restart_it_connects_again_and_says_that_the_conversation_is_new(
-    browser, chatbot, loaded
+    browser, served, loaded
 ):
     page = new_page(browser)  # whose console does tell of the connections that fail meanwhile
-    # Serve's handle does not answer where Playwright's event loop runs.
-    with ThreadPoolExecutor(1) as thread:
-        handle = serve.get_app_handle("chatbot")
-        process = thread.submit(lambda: handle.process.remote().result()).result()
+    chatbot, process = served, served.call("process")
     chatbot.gate.hold_after(3)
     visit(page, chatbot)
     say(page, STORY)

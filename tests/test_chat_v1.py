@@ -1,4 +1,4 @@
-"""chat.v1 on a real Serve: the subprotocol in which replies can be stopped and errors survived."""
+"""chat.v1: the subprotocol in which replies can be stopped and errors survived."""
 
 import json
 from collections.abc import Iterator
@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from gated import ENCODE_ERROR
-from running_bots import (
+from bot_fixtures import (
     ALLOWED_ORIGIN,
     CHAT_MAX_NEW_TOKENS,
     HANG_S,
@@ -16,6 +15,7 @@ from running_bots import (
     Bots,
     reference,
 )
+from stepped_bots import ENCODE_ERROR
 from test_access import in_base64
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect

@@ -1,13 +1,14 @@
-"""chatbot.py on a real Serve: a conversation per socket, and how each one ends."""
+"""chatbot.py: a conversation per socket, and how each one ends."""
 
 import json
 
 import pytest
-from callers import ask, receive
-from running_bots import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
+from bot_fixtures import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
+from callers import ChatCaller, ask, receive
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from chatbot import MAX_WAITING
 from serving.chat import MAX_PROMPTS_AHEAD
 
 HANG_S = 60
@@ -124,6 +125,28 @@ def test_100_sockets_are_open_at_once_and_prompts_wait_their_turn(chatbot):
     assert len({"".join(receive(websocket)) for websocket in sockets}) == 1
     for websocket in sockets:
         websocket.close()
+
+
+def test_prompts_that_would_wait_too_long_are_told_to_try_again_later(chatbot):
+    chatbot.gate.hold_after(0)
+    callers = [ChatCaller(chatbot, "Hello!")]
+    chatbot.gate.wait("step", 1)
+    for number in range(MAX_WAITING):
+        callers.append(ChatCaller(chatbot, "Hello!"))
+        chatbot.gate.wait("submitted", number + 2)
+    assert ChatCaller(chatbot, "Hello!").outcome() == "refused"
+    with connect(chatbot.ws, subprotocols=["chat.v1"]) as websocket:
+        websocket.send('{"type": "prompt", "prompt": "Hello!"}')
+        assert json.loads(websocket.recv(timeout=HANG_S)) == {
+            "type": "error",
+            "detail": f"{MAX_WAITING} prompts already wait for the model",
+        }
+    chatbot.gate.wait("refused", 2)
+    for caller in callers:
+        caller.leave("close")
+    chatbot.gate.wait("cancelled", len(callers))
+    chatbot.gate.release()
+    assert chatbot.gate.count("refused") == 2
 
 
 @pytest.mark.parametrize("abort", [False, True], ids=["close", "reset"])

@@ -1,11 +1,12 @@
 """The client scripts as people run them: subprocesses, pipes and terminals."""
 
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from reaching import printable
-from running_bots import (
+from bot_fixtures import (
     CHAT_MAX_NEW_TOKENS,
     EMOJI_PROMPT,
     EMOJI_REPLY,
@@ -17,9 +18,13 @@ from running_bots import (
     free_port,
     reference,
 )
+from products import cases
+from reaching import printable
 from terminal import HELP
 from terminals import Terminal
+from websockets.http11 import Request, Response
 from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection, serve
 
 HANG_S = 60
 STREAM, CHAT, LOAD = (f"clients/{name}_client.py" for name in ("stream", "chat", "load"))
@@ -39,11 +44,14 @@ def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedPr
 
 @pytest.fixture(autouse=True)
 def open_gates(bots: Bots):
-    for bot in bots:
+    for bot in bots.started.values():
         bot.gate.open()
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
+HTTP_BOTS = cases(["textbot", "batchbot", "continuousbot"], chosen=lambda bot: bot == "textbot")
+
+
+@pytest.mark.parametrize("name", HTTP_BOTS)
 def test_the_stream_client_asks_for_a_story_about_dogs(bots: Bots, loaded, name):
     ran = run(STREAM, "--url", getattr(bots, name).http)
     story = reference(loaded, ["Tell me a story about dogs."], MAX_NEW_TOKENS)
@@ -64,7 +72,7 @@ def test_the_clients_give_the_key_that_a_bot_asks_for(bots: Bots, tmp_path, scri
     assert "401" in ran.stderr
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", HTTP_BOTS)
 def test_the_stream_client_takes_a_prompt_and_a_limit(bots: Bots, loaded, name):
     ran = run(STREAM, "Hello!", "--max-new-tokens", "3", "--url", getattr(bots, name).http)
     assert ran.stdout == reference(loaded, ["Hello!"], 3) + "\n"
@@ -223,7 +231,7 @@ def test_the_load_client_shows_who_is_replied_to_and_who_waits(bots: Bots, name,
     assert terminal.end() == 0
 
 
-@pytest.mark.parametrize("name", ["textbot", "chatbot", "batchbot", "continuousbot"])
+@pytest.mark.parametrize("name", [*HTTP_BOTS, "chatbot"])
 def test_the_load_client_prints_how_each_reply_ended(bots: Bots, loaded, name):
     bot = getattr(bots, name)
     url = bot.ws if name == "chatbot" else bot.http
@@ -265,7 +273,7 @@ def test_a_server_that_is_not_there_is_one_line_and_status_1(script, scheme):
     assert ran.stderr.startswith(f"waiting up to 1 s for {url} (Ctrl-C leaves)\nnothing answers")
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot"])
+@pytest.mark.parametrize("name", HTTP_BOTS[:2])
 def test_a_server_that_fails_in_mid_stream_is_one_line_and_status_1(bots: Bots, name):
     bot = getattr(bots, name)
     bot.gate.fail_at(3)
@@ -285,6 +293,37 @@ def test_a_reply_of_a_chat_that_fails_is_one_line_and_status_1_and_the_rest_come
     began = reference(loaded, ["Hello!"], 2)
     joke = reference(loaded, ["Tell me a joke."], CHAT_MAX_NEW_TOKENS)
     assert ran.stdout == f"{began}\n{joke}\n"
+
+
+def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
+    told: list[str] = []
+
+    def answer(websocket: ServerConnection) -> None:
+        told.append(websocket.recv())
+        if len(told) == 1:
+            websocket.close(1012, "this replica ends")
+        else:
+            websocket.send('{"type": "text", "text": "Hi!"}')
+            websocket.send('{"type": "done"}')
+            websocket.recv()
+
+    def answer_probe(connection: ServerConnection, request: Request) -> Response | None:
+        asks = "Upgrade" in request.headers
+        return None if asks else connection.respond(200, "")
+
+    with (
+        serve(
+            answer, "127.0.0.1", 0, subprotocols=["chat.v1"], process_request=answer_probe
+        ) as server,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        thread.submit(server.serve_forever)
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}/"
+        ran = run(CHAT, "--url", url, stdin="Hello!\n")
+        server.shutdown()
+    assert (ran.stdout, ran.returncode) == ("Hi!\n", 0)
+    assert ran.stderr == "(connected again: a new conversation)\n"
+    assert [json.loads(message)["prompt"] for message in told] == ["Hello!", "Hello!"]
 
 
 @pytest.mark.parametrize("script", [STREAM, CHAT])

@@ -7,7 +7,6 @@ They share this machine, and so one proxy.
 import json
 import re
 import subprocess
-import sysconfig
 import time
 import venv
 import zipfile
@@ -21,14 +20,14 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from bot_fixtures import HANG_S, REPOSITORY, Bot, free_port, reference, wait_until
 from callers import ChatCaller, HttpCaller
-from running_bots import HANG_S, REPOSITORY, Bot, free_port, reference, wait_until
-from scripted import save_scripted_model
-from serve_run import ENVIRONMENT, SERVE
+from scripted_model import save_scripted_model
+from serve_command import ENVIRONMENT, SERVE, add_libraries
 
 pytestmark = pytest.mark.cluster
 STARTED_S = 300  # eight replicas on two cores; only bounds a hang
-BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
+BOTS = ("batchbot", "continuousbot")  # the others run under `-m exhaustive`
 STREAMS = 16
 PROMPT = "Count."
 COUNT = " ".join(map(str, range(1000)))[:700]  # what the scripted model answers
@@ -49,14 +48,16 @@ class Cluster:
             application["runtime_env"] = {"working_dir": code.as_uri()}
             application["args"]["num_replicas"] = 2
             del application["deployments"][0]["autoscaling_config"]
+        self.all = self.config["applications"]
+        self.config["applications"] = [each for each in self.all if each["name"] in BOTS]
 
     def application(self, name: str) -> dict[str, Any]:
         """That of the config."""
-        (found,) = (app for app in self.config["applications"] if app["name"] == name)
+        (found,) = (app for app in self.all if app["name"] == name)
         return found
 
     def bot(self, name: str) -> Bot:
-        return Bot(f"127.0.0.1:{self.port}/{name}/", None)
+        return Bot(f"127.0.0.1:{self.port}/{name}/")
 
     def deploy(self, folder: Path) -> subprocess.CompletedProcess[str]:
         file = folder / "config.yaml"
@@ -119,11 +120,8 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
         for name in filter(None, listed.split("\0")):
             if not name.startswith("tests/"):
                 archive.write(REPOSITORY / name, f"streaming-bots/{name}")
-    # A path file adds a folder of libraries, without what is installed editable there.
     venv.create(folder / "venv")
-    paths = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
-    libraries = sysconfig.get_path("purelib", "venv", paths)
-    Path(libraries, "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    add_libraries(folder / "venv")
     python, empty, port = folder / "venv" / "bin" / "python", folder / "empty", free_port()
     empty.mkdir()
     absent = [python, "-c", "import serving"]
@@ -133,7 +131,7 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
         # Ray notes in its temporary folder which cluster runs, and sockets need a short path.
         TemporaryDirectory() as temporary,
         subprocess.Popen(
-            [python, REPOSITORY / "tests" / "clustered.py", str(port), *map(str, cpus)],
+            [python, REPOSITORY / "tests" / "local_cluster.py", str(port), *map(str, cpus)],
             cwd=empty,
             env=environment | {"RAY_TMPDIR": temporary},
             stdin=subprocess.PIPE,
@@ -151,7 +149,7 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """All bots, each with a replica on either node; the Continuousbot with a long reply."""
+    """Two bots, each with a replica on either node; the Continuousbot with a long reply."""
     folder = tmp_path_factory.mktemp("cluster")
     save_scripted_model(folder / "counting", len(PROMPT), COUNT, 768)
     with running_cluster(folder, 4, 4) as cluster:  # either has room for all
@@ -164,16 +162,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_replicas_are_on_both_nodes_and_have_code_and_model_from_the_zip(cluster, loaded):
-    for name in BOTS:
-        assert set(cluster.replicas(name).values()) == set(cluster.metrics_ports)
-    for name in ("textbot", "batchbot"):
-        callers = [HttpCaller(cluster.bot(name), "Hello!") for _ in range(8)]  # for both replicas
-        assert {caller.outcome() for caller in callers} == {"finished"}
-        assert {caller.text for caller in callers} == {reference(loaded, ["Hello!"], 256)}
-    callers = [ChatCaller(cluster.bot("chatbot"), "Hello!") for _ in range(8)]
+def check_replicas(cluster: Cluster, name: str, expected: str) -> None:
+    """There is one on either node, and both reply."""
+    assert set(cluster.replicas(name).values()) == set(cluster.metrics_ports)
+    call = ChatCaller if name == "chatbot" else HttpCaller
+    callers = [call(cluster.bot(name), "Hello!") for _ in range(8)]  # for both replicas
     assert {caller.outcome() for caller in callers} == {"finished"}
-    assert requests.head(cluster.bot("chatbot").http).headers["X-Model"] == "tiny-dialog"
+    assert {caller.text for caller in callers} == {expected}
+
+
+def test_replicas_are_on_both_nodes_and_have_code_and_model_from_the_zip(cluster, loaded):
+    check_replicas(cluster, "batchbot", reference(loaded, ["Hello!"], 256))
 
 
 def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp_path):
@@ -200,7 +199,9 @@ def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"max_new_token": 5}, "Extra inputs are not permitted"),
+        pytest.param(
+            {"max_new_token": 5}, "Extra inputs are not permitted", marks=pytest.mark.exhaustive
+        ),
         ({"model": "weights that are none"}, "the weights cannot be loaded"),
     ],
 )
@@ -212,22 +213,22 @@ def test_a_bad_config_is_rejected_and_the_running_version_serves(
         loaded.model.config.save_pretrained(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"no weights")
         mistake = {"model": str(tmp_path)}
-    before = cluster.replicas("textbot")
-    arguments = cluster.application("textbot")["args"]
+    before = cluster.replicas("batchbot")
+    arguments = cluster.application("batchbot")["args"]
     good = dict(arguments)
     arguments |= mistake
     assert cluster.deploy(tmp_path).returncode == 0  # Serve has taken it to try
-    failed = cluster.wait_for_status("textbot", "DEPLOY_FAILED")
+    failed = cluster.wait_for_status("batchbot", "DEPLOY_FAILED")
     reasons = [failed["message"], *(each["message"] for each in failed["deployments"].values())]
     assert message in "".join(reasons)
-    caller = HttpCaller(cluster.bot("textbot"), "Hello!")
+    caller = HttpCaller(cluster.bot("batchbot"), "Hello!")
     assert caller.outcome() == "finished"
     assert caller.text == reference(loaded, ["Hello!"], 256)
     arguments.clear()
     arguments |= good
     assert cluster.deploy(tmp_path).returncode == 0
-    cluster.wait_for_status("textbot", "RUNNING")
-    assert cluster.replicas("textbot") == before
+    cluster.wait_for_status("batchbot", "RUNNING")
+    assert cluster.replicas("batchbot") == before
 
 
 def test_a_bad_user_config_leaves_the_running_replicas_as_they_are(cluster, loaded, tmp_path):
@@ -245,8 +246,8 @@ def test_a_bad_user_config_leaves_the_running_replicas_as_they_are(cluster, load
 
 
 def test_a_config_that_does_not_fit_the_schema_is_not_taken(cluster, tmp_path):
-    before = cluster.replicas("textbot")
-    (deployment,) = cluster.application("textbot")["deployments"]
+    before = cluster.replicas("batchbot")
+    (deployment,) = cluster.application("batchbot")["deployments"]
     good = deployment["max_ongoing_requests"]
     deployment["max_ongoing_requests"] = -1
     ran = cluster.deploy(tmp_path)
@@ -254,8 +255,19 @@ def test_a_config_that_does_not_fit_the_schema_is_not_taken(cluster, tmp_path):
     assert ran.returncode != 0
     assert "max_ongoing_requests" in ran.stderr
     assert "greater than 0" in ran.stderr
-    assert cluster.replicas("textbot") == before
-    assert HttpCaller(cluster.bot("textbot"), "Hello!").outcome() == "finished"
+    assert cluster.replicas("batchbot") == before
+    assert HttpCaller(cluster.bot("batchbot"), "Hello!").outcome() == "finished"
+
+
+@pytest.mark.exhaustive
+def test_all_bots_have_code_and_model_from_the_zip(cluster, loaded, tmp_path):
+    cluster.config["applications"] = cluster.all
+    ran = cluster.deploy(tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    for name in ("textbot", "chatbot"):
+        cluster.wait_for_status(name, "RUNNING")
+        check_replicas(cluster, name, reference(loaded, ["Hello!"], 256))
+    assert requests.head(cluster.bot("chatbot").http).headers["X-Model"] == "tiny-dialog"
 
 
 def test_a_killed_node_costs_only_the_streams_that_ran_on_it(cluster, capsys):

@@ -1,4 +1,4 @@
-"""continuousbot.py on a real Serve: requests join and leave a batch that goes on."""
+"""continuousbot.py: requests join and leave a batch that continues."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 import torch
-from callers import HttpCaller
-from running_bots import (
+from bot_fixtures import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
     MAX_NEW_TOKENS,
@@ -18,6 +17,9 @@ from running_bots import (
     http_reply,
     reference,
 )
+from callers import HttpCaller
+from gates import Gate
+from stepped_bots import stepped
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPTJConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
@@ -25,8 +27,10 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from continuousbot import Continuousbot
 from serving import paging
+from serving.continuous import BatchFailed
 from serving.encoding import encode
 from serving.loading import LoadedModel
+from serving.locating import EMBEDDED
 
 PROMPTS = [
     "Hi",
@@ -87,7 +91,7 @@ def test_a_row_that_has_finished_or_was_left_costs_nothing_more(bot, loaded):
     bot.gate.wait("finished", 2)
 
 
-def test_emoji_and_chinese_arrive_whole(bots: Bots):
+def test_unicode_arrives_whole(bots: Bots):
     bot = bots.emoji_continuousbot
     bot.gate.open()
 
@@ -103,18 +107,16 @@ def test_emoji_and_chinese_arrive_whole(bots: Bots):
         assert ["".join(reply) for reply in replies] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
 
 
-def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_replaced(bot, loaded):
-    bot.gate.fail_at(4)
+def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_ill(bots: Bots, loaded):
+    gate = Gate()
+    bot = bots.run(stepped("continuousbot", gate, {}, model=EMBEDDED), "breaking", gate)
+    gate.fail_at(4)
     callers = [HttpCaller(bot, LONG), HttpCaller(bot, LONG)]
     assert [caller.outcome() for caller in callers] == ["failed", "failed"]
-    bot.gate.wait("failed", 2)
-    bot.gate.wait("started", 1)
-    bot.gate.open()
-    for _ in range(100):  # until the ingress knows the new replica
-        caller = HttpCaller(bot, SHORT, 2)
-        if caller.outcome() == "finished":
-            break
-    assert caller.text == reference(loaded, [SHORT], 2)
+    gate.wait("failed", 2)
+    with pytest.raises(BatchFailed, match="this step was told to fail"):
+        bot.call("check_health")
+    assert requests.post(bot.http, params={"prompt": SHORT}).status_code == 500
 
 
 def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):

@@ -19,11 +19,12 @@ import kubernetes_validate
 import pytest
 import requests
 import yaml
+from bot_fixtures import HANG_S, REPOSITORY, Bot, reference, wait_until
 from callers import ChatCaller, HttpCaller
+from products import cases
 from ray.serve.schema import ServeDeploySchema
-from running_bots import HANG_S, REPOSITORY, Bot, reference, wait_until
-from serve_run import ENVIRONMENT, serve_run
-from test_readme import commands, section
+from readme import commands, section
+from serve_command import ENVIRONMENT, add_libraries, serve_run
 
 DEPLOY = REPOSITORY / "deploy"
 CONFIG = yaml.safe_load((DEPLOY / "serve_config.yaml").read_text())
@@ -178,7 +179,7 @@ def test_versions_agree():
 
 def ask_all(loaded: Any) -> None:
     for name in BOTS:
-        bot = Bot(f"127.0.0.1:8000/{name}/", None)
+        bot = Bot(f"127.0.0.1:8000/{name}/")
         caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
         assert caller.outcome() == "finished"
         assert caller.text == reference(loaded, ["Hello!"], 256)
@@ -194,6 +195,7 @@ def run_all() -> bool:
 
 
 @pytest.mark.cluster
+@pytest.mark.exhaustive
 def test_serve_run_takes_the_config(checkout, loaded):
     arguments = RUN.removeprefix("serve run ").split()
     with serve_run(checkout, *arguments, ready_line="Submitted deploy config"):
@@ -268,10 +270,16 @@ def test_serve_deploy_takes_the_config_and_kuberays_probes_succeed(
 
 
 @pytest.mark.cluster
-def test_the_steps_of_the_dockerfile_make_what_runs_the_bots(tmp_path, loaded):
-    """All but those that need root: in a fresh virtual environment instead of the base image."""
+@pytest.mark.parametrize("fresh", cases([False, True], chosen=lambda fresh: not fresh))
+def test_the_steps_of_the_dockerfile_make_what_runs_the_bots(tmp_path, loaded, fresh):
+    """All but those that need root: in a virtual environment instead of the base image.
+
+    Unless it is fresh, it has the packages of this one, and pip finds that nothing is missing.
+    """
     root, environment = tmp_path / "root", tmp_path / "venv"
     venv.create(environment, with_pip=True)
+    if not fresh:
+        add_libraries(environment)
     variables = {**ENVIRONMENT, "PATH": f"{environment / 'bin'}:/usr/bin:/bin"}
     del variables["RAY_SERVE_ENABLE_HA_PROXY"]
     folder = root

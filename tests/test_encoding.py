@@ -1,7 +1,7 @@
 """serving/encoding.py: both conventions, and conversations that outgrow the context."""
 
 import pytest
-from scripted import EOS, byte_tokenizer
+from scripted_model import EOS, byte_tokenizer
 
 from serving.encoding import PromptTooLong, UnknownToken, begin, encode, reply_limit
 

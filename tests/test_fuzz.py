@@ -1,4 +1,4 @@
-"""The bots on a real Serve, asked what nobody would: no 5xx, no hang, no reply that is wrong."""
+"""The bots, asked what nobody would: no 5xx, no hang, no reply that is wrong."""
 
 import json
 from typing import Any, NamedTuple
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 import schemathesis
+from bot_fixtures import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, http_reply, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running_bots import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, http_reply, reference
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from bot_fixtures import Bot, reference
 from callers import ChatCaller, HttpCaller
 from ray import serve
-from running_bots import Bot, reference
 
 from batchbot import Batchbot
 from chatbot import Chatbot
@@ -60,7 +60,7 @@ def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, 
     try:
         device, used, count = handle.placement.remote().result()
         assert (device, used, count) == ("cuda:0", f"torch.{dtype}", 1)
-        bot = Bot(f"127.0.0.1:{port}/gpu/", None)
+        bot = Bot(f"127.0.0.1:{port}/gpu/")
         caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
         assert caller.outcome() == "finished"
         assert caller.text

@@ -15,9 +15,9 @@ import gguf
 import numpy
 import pytest
 import torch
+from bot_fixtures import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from huggingface_hub import constants
-from running_bots import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
-from scripted import byte_tokenizer
+from scripted_model import byte_tokenizer
 from transformers import AutoTokenizer, T5Config
 
 from serving import progress

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import ray
 import requests
+from bot_fixtures import HANG_S, Bot
 from callers import ChatCaller, HttpCaller
-from running_bots import HANG_S, Bot, Bots
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
@@ -29,39 +29,45 @@ def scrape(application: str) -> Counter[str]:
     found: Counter[str] = Counter()
     for name, labels, value in re.findall(r"^ray_(bot_\w+)\{(.*)\} (\S+)$", page, re.MULTILINE):
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        if tags["application"] == application and "le" not in tags:
+        if tags.get("application") == application and "le" not in tags:
             found[tags.get("outcome", name)] += float(value)
     return found
 
 
-def increase(application: str, before: Counter[str], expected: dict[str, int]) -> dict[str, float]:
-    """What has been added to the metrics, once it is as expected or it will never be."""
+def increases(
+    before: dict[str, Counter[str]], expected: dict[str, dict[str, int]]
+) -> dict[str, dict[str, float]]:
+    """By bot, what has been added to its metrics, once it is as expected or it will never be."""
     deadline = time.monotonic() + REPORTED_S
     while True:
-        now = scrape(application)
-        added = {name: now[name] - before[name] for name in expected}
+        added = {}
+        for bot, numbers in expected.items():
+            now = scrape(bot)
+            added[bot] = {name: now[name] - before[bot][name] for name in numbers}
         if added == expected or time.monotonic() > deadline:
             return added
         time.sleep(0.5)
 
 
-@pytest.mark.parametrize("name", ["textbot", "chatbot", "batchbot"])
-def test_what_is_counted_is_what_was_done(bots: Bots, name):
-    bot: Bot = getattr(bots, name)
-    bot.gate.open()
-    before, call = scrape(name), CALLERS[name]
-    for _ in range(2):
-        assert call(bot, STORY, 5).outcome() == "finished"
-    bot.gate.fail_at(4)
-    assert call(bot, STORY, 5).outcome() == "failed"
-    bot.gate.hold_after(2)
-    leaving = call(bot, STORY, 5)
-    leaving.first()
-    bot.gate.wait("step", 3)
-    leaving.leave("close")
-    bot.gate.wait("cancelled", 1)
-    bot.gate.open()
-    refuse(bot, name)
+@pytest.mark.serves("textbot", "chatbot", "batchbot")
+def test_what_is_counted_is_what_was_done(served_bots):
+    bots = {name: served_bots[name] for name in ("textbot", "chatbot", "batchbot")}
+    before = {}
+    for name, bot in bots.items():
+        bot.gate.open()
+        before[name], call = scrape(name), CALLERS[name]
+        for _ in range(2):
+            assert call(bot, STORY, 5).outcome() == "finished"
+        bot.gate.fail_at(4)
+        assert call(bot, STORY, 5).outcome() == "failed"
+        bot.gate.hold_after(2)
+        leaving = call(bot, STORY, 5)
+        leaving.first()
+        bot.gate.wait("step", 3)
+        leaving.leave("close")
+        bot.gate.wait("cancelled", 1)
+        bot.gate.open()
+        refuse(bot, name)
     expected = {
         "finished": 2,
         "failed": 1,
@@ -71,7 +77,7 @@ def test_what_is_counted_is_what_was_done(bots: Bots, name):
         "bot_time_to_first_token_s_count": 4,
         "bot_inter_token_latency_s_count": 4 + 4 + 2 + 1,
     }
-    assert increase(name, before, expected) == expected
+    assert increases(before, {name: expected for name in bots}) == {name: expected for name in bots}
 
 
 def refuse(bot: Bot, name: str) -> None:
@@ -83,25 +89,29 @@ def refuse(bot: Bot, name: str) -> None:
         assert requests.post(bot.http, params={"prompt": ""}).status_code == 422
 
 
-@pytest.mark.parametrize(
-    ("name", "gauges"),
-    [
-        ("textbot", {"bot_prompts_waiting": 2}),
-        ("chatbot", {"bot_prompts_waiting": 2}),
-        ("batchbot", {"bot_prompts_waiting": 2, "bot_batch_rows": 1}),
-        ("continuousbot", {"bot_prompts_waiting": 2, "bot_batch_rows": 1}),
-    ],
-)
-def test_who_waits_and_who_is_in_the_batch_is_shown(bots: Bots, name, gauges):
-    bot: Bot = getattr(bots, name)
-    bot.gate.hold_after(1)
-    callers = [CALLERS[name](bot, STORY, 5)]
-    callers[0].first()
-    for number in (2, 3):
-        callers.append(CALLERS[name](bot, STORY, 5))
-        bot.gate.wait("asked" if name == "batchbot" else "submitted", number)
-    assert increase(name, Counter(), gauges) == gauges
-    bot.gate.release()
+GAUGES = {
+    "textbot": {"bot_prompts_waiting": 2},
+    "chatbot": {"bot_prompts_waiting": 2},
+    "batchbot": {"bot_prompts_waiting": 2, "bot_batch_rows": 1},
+    "continuousbot": {"bot_prompts_waiting": 2, "bot_batch_rows": 1},
+}
+
+
+@pytest.mark.serves(*GAUGES)
+def test_who_waits_and_who_is_in_the_batch_is_shown(served_bots):
+    callers = []
+    for name in GAUGES:
+        bot, call = served_bots[name], CALLERS[name]
+        bot.gate.hold_after(1)
+        callers.append(call(bot, STORY, 5))
+        callers[-1].first()
+        for number in (2, 3):
+            callers.append(call(bot, STORY, 5))
+            bot.gate.wait("asked" if name == "batchbot" else "submitted", number)
+    none_before = {name: Counter() for name in GAUGES}
+    assert increases(none_before, GAUGES) == GAUGES
+    for name in GAUGES:
+        served_bots[name].gate.release()
     assert {caller.outcome() for caller in callers} == {"finished"}
-    nothing = dict.fromkeys(gauges, 0)
-    assert increase(name, Counter(), nothing) == nothing
+    nothing = {name: dict.fromkeys(gauges, 0) for name, gauges in GAUGES.items()}
+    assert increases(none_before, nothing) == nothing

@@ -1,11 +1,13 @@
 """models/: the embedded model says what its card says, and the script that made it runs."""
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from running_bots import REPOSITORY, reference
+from bot_fixtures import REPOSITORY, reference
 
 from serving.loading import load_model
 
@@ -48,13 +50,29 @@ def test_the_model_is_small_enough_to_live_in_the_repository():
     assert sum(file.stat().st_size for file in files) <= 8_000_000
 
 
-def test_the_training_script_trains_and_saves_a_model(tmp_path):
-    script = REPOSITORY / "models" / "train_tiny_dialog.py"
-    ran = subprocess.run(
-        [sys.executable, script, "--max-steps", "2", "--output", tmp_path],
-        capture_output=True,
-        text=True,
-    )
+def train(*arguments: str | Path) -> str:
+    """What the training script prints in two steps."""
+    command = [sys.executable, REPOSITORY / "models" / "train_tiny_dialog.py", "--max-steps", "2"]
+    ran = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "step 2: reply loss on held-out prompts" in ran.stdout
-    assert load_model(str(tmp_path)).context == 512
+    return ran.stdout
+
+
+def test_the_training_script_trains_and_saves_a_model(tmp_path):
+    few = tmp_path / "dialogues"
+    few.mkdir()
+    shutil.copy(REPOSITORY / "models" / "dialogues" / "slots.txt", few)
+    prompts = " | ".join(f"Hello number {number}" for number in range(8))
+    (few / "few.txt").write_text(f"U: {prompts}\nB: Hi!\n\nU: I am {{name}}.\nB: Hi, {{name}}!\n")
+    train("--dialogues", few, "--output", tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).context == 512
+
+
+@pytest.mark.exhaustive
+def test_the_training_script_takes_all_dialogues(tmp_path):
+    printed = train("--output", tmp_path)
+    folder = REPOSITORY / "models" / "dialogues"
+    texts = [path.read_text() for path in folder.glob("*.txt")]
+    number = sum("U:" in block for text in texts for block in text.split("\n\n"))
+    assert printed.startswith(f"{number} dialogues, ")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from running_bots import HANG_S
-from scripted import byte_tokenizer
+from bot_fixtures import HANG_S
+from scripted_model import byte_tokenizer
 
 from serving import model_thread
 from serving.model_thread import ModelStalled, ModelThread, TooManyWaiting

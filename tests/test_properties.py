@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scripted import EOS, byte_tokenizer
+from scripted_model import EOS, byte_tokenizer
 from test_encoding import TEMPLATE, assistant, user
 from test_streaming import byte_fallback_tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase

@@ -1,19 +1,79 @@
-"""`serve run` with arguments: what they change, and what a mistake costs."""
+"""`serve run`, as people type it: what it starts, what arguments change, what a mistake costs."""
 
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import requests
+from bot_fixtures import HANG_S, reference
+from products import cases
+from readme import check_log, check_transcripts
 from requests.adapters import HTTPAdapter
-from running_bots import HANG_S, reference
-from serve_run import ENVIRONMENT, SERVE, serve_run
+from serve_command import ENVIRONMENT, SERVE, serve_run
 from urllib3.util import Retry
 
 
+class Run(NamedTuple):
+    """`serve run textbot:app`."""
+
+    printed: list[str]
+    early: subprocess.CompletedProcess[str]  # the client that was there before
+
+
+@pytest.fixture(scope="module")
+def textbot(checkout: Path) -> Iterator[Run]:
+    with (
+        early_client(checkout, "stream", "Hello!") as answered,
+        serve_run(checkout, "textbot:app") as printed,
+    ):
+        yield Run(printed, answered())
+
+
+@contextmanager
+def early_client(folder: Path, name: str, *arguments: str) -> Iterator:
+    """A client that waits for its bot, and what returns how it has ended, once that runs."""
+    command = [sys.executable, f"clients/{name}_client.py", *arguments]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=folder, text=True, **pipes) as client:
+        waiting = client.stderr.readline()  # before the bot is even started
+
+        def answered() -> subprocess.CompletedProcess[str]:
+            printed, problems = client.communicate("Hello!\n", timeout=HANG_S)
+            return subprocess.CompletedProcess(
+                command, client.returncode, printed, waiting + problems
+            )
+
+        yield answered
+
+
+def test_a_client_that_is_early_says_so_and_waits(textbot, loaded):
+    assert textbot.early.stdout == reference(loaded, ["Hello!"], 256) + "\n"
+    waiting = "waiting up to 60 s for http://localhost:8000/ (Ctrl-C leaves)\n"
+    assert (textbot.early.stderr, textbot.early.returncode) == (waiting, 0)
+
+
+def test_the_readme_shows_what_it_and_its_clients_print(textbot, checkout):
+    check_transcripts("textbot", checkout)
+    check_log(textbot.printed)
+
+
+@pytest.mark.exhaustive
+def test_a_chat_client_that_is_early_says_so_and_waits(checkout, loaded):
+    with early_client(checkout, "chat") as answered, serve_run(checkout, "chatbot:app"):
+        early = answered()
+    assert early.stdout == reference(loaded, ["Hello!"], 256) + "\n"
+    waiting = "waiting up to 60 s for ws://localhost:8000/ (Ctrl-C leaves)\n"
+    assert (early.stderr, early.returncode) == (waiting, 0)
+
+
+@pytest.mark.exhaustive
 def test_arguments_configure_a_bot(checkout, emoji_model):
     arguments = [f"model={emoji_model}", "max_new_tokens=3", "num_cpus=0.5"]
     with serve_run(checkout, "textbot:build", *arguments):
@@ -24,52 +84,7 @@ def test_arguments_configure_a_bot(checkout, emoji_model):
         assert response.status_code == 422
 
 
-@pytest.mark.parametrize(
-    ("bot", "client", "url"),
-    [("textbot", "stream", "http://localhost:8000/"), ("chatbot", "chat", "ws://localhost:8000/")],
-)
-def test_a_client_that_is_early_says_so_and_waits(checkout, loaded, bot, client, url):
-    command = [sys.executable, f"clients/{client}_client.py"]
-    command += ["Hello!"] if client == "stream" else []
-    with subprocess.Popen(
-        command,
-        cwd=checkout,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as early:
-        waiting = f"waiting up to 60 s for {url} (Ctrl-C leaves)\n"
-        assert early.stderr.readline() == waiting  # before the bot is even started
-        with serve_run(checkout, f"{bot}:app"):
-            printed, problems = early.communicate("Hello!\n", timeout=HANG_S)
-    assert printed == reference(loaded, ["Hello!"], 256) + "\n"
-    assert (problems, early.returncode) == ("", 0)
-
-
-def test_the_config_for_haproxy_answers_this_machine_only(checkout, loaded):
-    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    submitted = "Submitted deploy config"  # `serve run` says no more of a config file
-    until_ready = Retry(
-        100, status_forcelist=[404, 503], allowed_methods=None, backoff_factor=1, backoff_max=1
-    )
-    with (
-        serve_run(checkout, "deploy/haproxy.yaml", ready_line=submitted, **environment),
-        requests.Session() as session,
-    ):
-        session.mount("http://", HTTPAdapter(max_retries=until_ready))
-        response = session.post("http://localhost:8000/?prompt=Hello!")
-        assert response.text == reference(loaded, ["Hello!"], 256)
-        listening = {
-            tuple(connection.laddr)
-            for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN
-        }
-    ports = (8000, 8500, 30000)  # HAProxy, Serve's own proxy in reserve, and the replica
-    found = {(address, port) for address, port in listening if port in ports}
-    assert found == {("127.0.0.1", port) for port in ports}
-
-
+@pytest.mark.exhaustive
 def test_what_ctrl_c_cuts_is_seen_as_cut(checkout, loaded):
     prompt, cut = "Tell me a story about dogs.", requests.exceptions.ChunkedEncodingError
     whole, begun = reference(loaded, [prompt], 256), threading.Event()
@@ -94,15 +109,46 @@ def test_what_ctrl_c_cuts_is_seen_as_cut(checkout, loaded):
             assert isinstance(error, cut | requests.ConnectionError)
 
 
+@pytest.mark.cluster
+def test_the_config_for_haproxy_answers_this_machine_only(checkout, loaded):
+    environment = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else it takes 30 s to end
+    }
+    submitted = "Submitted deploy config"  # `serve run` says no more of a config file
+    until_ready = Retry(
+        100, status_forcelist=[404, 503], allowed_methods=None, backoff_factor=1, backoff_max=1
+    )
+    with (
+        serve_run(checkout, "deploy/haproxy.yaml", ready_line=submitted, **environment),
+        requests.Session() as session,
+    ):
+        session.mount("http://", HTTPAdapter(max_retries=until_ready))
+        response = session.post("http://localhost:8000/?prompt=Hello!")
+        assert response.text == reference(loaded, ["Hello!"], 256)
+        listening = {
+            tuple(connection.laddr)
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+    ports = (8000, 8500, 30000)  # HAProxy, Serve's own proxy in reserve, and the replica
+    found = {(address, port) for address, port in listening if port in ports}
+    assert found == {("127.0.0.1", port) for port in ports}
+
+
+MISTAKES = {
+    "max_new_tokens=0": ["max_new_tokens", "greater than 0"],
+    "modell=x": ["modell", "Extra inputs are not permitted"],
+    "model=./nowhere": ["'./nowhere'", "there is no folder", "give a hub id"],
+}
+
+
+# What is wrong with the arguments is named by Serve, what with the model by `build`.
 @pytest.mark.parametrize(
-    ("argument", "parts"),
-    [
-        ("max_new_tokens=0", ["max_new_tokens", "greater than 0"]),
-        ("modell=x", ["modell", "Extra inputs are not permitted"]),
-        ("model=./nowhere", ["'./nowhere'", "there is no folder", "give a hub id"]),
-    ],
+    "argument", cases(MISTAKES, chosen=lambda argument: argument == "model=./nowhere")
 )
-def test_a_mistake_is_named_and_ends_with_status_1(checkout, argument, parts):
+def test_a_mistake_is_named_and_ends_with_status_1(checkout, argument):
     ran = subprocess.run(
         [SERVE, "run", "textbot:build", argument],
         cwd=checkout,
@@ -113,5 +159,5 @@ def test_a_mistake_is_named_and_ends_with_status_1(checkout, argument, parts):
     )
     assert ran.returncode == 1
     end = ran.stderr.strip().splitlines()[-4:]
-    for part in parts:
+    for part in MISTAKES[argument]:
         assert any(part in line for line in end), ran.stderr

@@ -19,7 +19,7 @@ import pytest
 import ray
 import requests
 from ray import serve
-from soaked import SOAKED, Report
+from soak_bots import SOAKED, Report
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 

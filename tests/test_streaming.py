@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running_bots import EMOJI_PROMPT, EMOJI_REPLY
-from scripted import byte_tokenizer
+from bot_fixtures import EMOJI_PROMPT, EMOJI_REPLY
+from scripted_model import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,5 +70,14 @@ def serve_run(
             _, left = psutil.wait_procs(family, 60)  # HAProxy takes half a minute more
             assert not left
         finally:
-            process.kill()
+            for each in [process, *family]:  # so that they do not hold the port
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
             reader.join()
+
+
+def add_libraries(environment: Path) -> None:
+    """Let a virtual environment find this one's packages, but what is installed editable here."""
+    paths = {"base": str(environment), "platbase": str(environment)}
+    folder = Path(sysconfig.get_path("purelib", "venv", paths))
+    (folder / "libraries.pth").write_text(sysconfig.get_path("purelib"))

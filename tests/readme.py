@@ -1,0 +1,76 @@
+"""The README's sections and commands, and whether what they print is what it shows."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+from bot_fixtures import HANG_S, REPOSITORY
+from serve_command import ENVIRONMENT
+
+README = (REPOSITORY / "README.md").read_text()
+TRANSCRIPTS = {  # the sections that show what a bot replies
+    "textbot": ["Try it", "Textbot: one prompt in, text out", "See it"],
+    "chatbot": ["Chatbot: a conversation"],
+    "batchbot": ["Batchbot: many prompts, one run", "See it"],
+    "continuousbot": ["Continuousbot: prompts join a run", "See it"],
+}
+
+
+class Command(NamedTuple):
+    line: str
+    output: str
+
+
+def commands(text: str) -> list[Command]:
+    """What the console blocks of a text show: lines after "$ ", and what they print."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for part in ("\n" + block).split("\n$ ")[1:]:
+            line, _, output = part.partition("\n")
+            found.append(Command(line, output.rstrip("\n")))
+    return found
+
+
+def section(title: str) -> str:
+    return re.split(r"^##+ .*", README, flags=re.MULTILINE)[
+        re.findall(r"^##+ (.*)", README, flags=re.MULTILINE).index(title) + 1
+    ]
+
+
+def check_transcripts(name: str, folder: Path) -> None:
+    """Run the commands that the README shows for a bot, which runs already, but `serve run`."""
+    shown = [command for title in TRANSCRIPTS[name] for command in commands(section(title))]
+    assert shown[0].line.endswith(f"serve run {name}:app")
+    # The commands find this test's python and serve, as they would in an active environment.
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    for command in shown:
+        if "serve run" in command.line:
+            continue
+        if command.line.startswith("curl") and not shutil.which("curl"):
+            printed = requests.post(command.line.split("'")[1]).text
+        else:
+            printed = subprocess.run(
+                command.line,
+                shell=True,
+                cwd=folder,
+                env=ENVIRONMENT | {"PATH": path},
+                capture_output=True,
+                text=True,
+                timeout=HANG_S,
+            ).stdout
+        if "load_client" in command.line:
+            assert printed.count("finished") == 4
+        else:
+            assert printed.rstrip("\n") == command.output, command.line
+    assert requests.get("http://localhost:8000/").headers["X-Model"] == "tiny-dialog"
+
+
+def check_log(printed: list[str]) -> None:
+    """What `serve run` prints says that the bundled model answers, and why."""
+    assert any("loading tiny-dialog" in line for line in printed)
+    (warning,) = [line for line in printed if "WARNING" in line and "tiny-dialog" in line]
+    assert "microsoft/DialoGPT-small" in warning

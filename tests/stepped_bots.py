@@ -1,0 +1,179 @@
+"""The real bots, whose model waits at a gate before each step, so that tests decide the order.
+
+A test lets the model take some steps, does what it is about (reads, disconnects, asks again),
+waits for the events that this causes in the bot, and lets the model continue.
+"""
+
+import os
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+from gates import Gate
+from ray import serve
+from ray.serve import Application
+
+from batchbot import Batchbot, Row
+from chatbot import Chatbot
+from continuousbot import Continuousbot
+from serving import scaling
+from serving.decoding import TokenDecoder
+from serving.prompts import ReplyOptions
+from serving.streaming import ReplyStreamer
+from textbot import Textbot
+
+HEALTH_CHECK_PERIOD_S = 1.0
+MAX_CHATS = 120
+ENCODE_ERROR = "This prompt cannot be encoded."
+DECODE_ERROR = "The reply cannot be decoded."
+
+
+class Reporter:
+    """Tells the gate what happens, from a thread of its own.
+
+    Ray cancels the calls that a cancelled request has made, and with them the news of its end.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.flush()  # the thread begins here, outside of any request
+
+    def __call__(self, event: str) -> None:
+        self.thread.submit(self.gate.record, event)
+
+    def flush(self) -> None:
+        self.thread.submit(int).result()
+
+
+class Stepped:
+    """Reports what happens, waits before each step of the model, and fails when it is told to."""
+
+    async def __init__(self, gate: Gate, **arguments: Any) -> None:
+        await super().__init__(**arguments)
+        self.gate = gate
+        self.report = Reporter(gate)
+        self.watch_submit()
+        self.count, self.metrics.count = self.metrics.count, self.count_and_report
+        self.model.register_forward_pre_hook(self.before_step, with_kwargs=True)
+        self.tokenizer.__class__ = failing_tokenizer(type(self.tokenizer))
+        self.report("started")
+
+    def watch_submit(self) -> None:
+        self.submit, self.model_thread.submit = self.model_thread.submit, self.submit_and_report
+
+    def submit_and_report(self, *arguments: Any, **options: Any) -> int:
+        ahead = self.submit(*arguments, **options)
+        self.report("submitted")
+        return ahead
+
+    def count_and_report(self, outcome: str) -> None:
+        self.count(outcome)
+        self.report(outcome)
+
+    def before_step(self, model: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if error := self.gate.step(options["input_ids"].numel()):
+            raise error
+
+    def spoil(self, decoder: TokenDecoder, input_ids: list[int]) -> None:
+        """Make the decoder of a certain prompt fail at the third token."""
+        if DECODE_ERROR in self.tokenizer.decode(input_ids):
+            step = decoder.step
+
+            def failing_step(token):
+                if len(decoder.ids) == 2:
+                    raise ValueError("this token was told to fail")
+                return step(token)
+
+            decoder.step = failing_step
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def flush(self) -> None:
+        """Have everything told to the gate, such as the end of what an earlier test asked."""
+        self.report.flush()
+
+    def stall_after(self, seconds: float) -> None:
+        self.model_thread.stall_timeout_s = seconds
+        self.model_thread.watched = False  # the next prompt is watched anew
+
+
+def failing_tokenizer(original: type) -> type:
+    class FailingTokenizer(original):
+        def __call__(self, text, **options):
+            if ENCODE_ERROR in text:
+                raise ValueError("this prompt was told to fail")
+            return super().__call__(text, **options)
+
+    return FailingTokenizer
+
+
+class SteppedText(Stepped):
+    def generate_text(
+        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
+    ) -> None:
+        self.spoil(streamer.decoder, input_ids)
+        super().generate_text(input_ids, options, streamer)
+
+    async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
+        try:
+            async with aclosing(super().consume_streamer(streamer)) as chunks:
+                async for text in chunks:
+                    yield text
+        finally:
+            self.report("left")
+
+
+class SteppedTextbot(SteppedText, Textbot.func_or_class):
+    pass
+
+
+class SteppedChatbot(SteppedText, Chatbot.func_or_class):
+    """Has fewer places, and notices sooner that it ends."""
+
+    async def __init__(self, *arguments: Any, **options: Any) -> None:
+        scaling.LOOK_EVERY_S, scaling.SILENCE_S = 0.5, 3 * HEALTH_CHECK_PERIOD_S
+        await super().__init__(*arguments, **options)
+        self.free_places = MAX_CHATS
+
+
+class SteppedContinuousbot(SteppedText, Continuousbot.func_or_class):
+    def watch_submit(self) -> None:
+        self.submit, self.batch.add = self.batch.add, self.submit_and_report
+
+    def stall_after(self, seconds: float) -> None:
+        self.batch.stall_timeout_s = seconds
+        self.batch.watched = False  # the next prompt is watched anew
+
+
+class SteppedBatchbot(Stepped, Batchbot.func_or_class):
+    async def stream_row(self, row: Row) -> AsyncGenerator[str]:
+        self.spoil(row.decoder, row.input_ids)
+        self.report("asked")
+        try:
+            async with aclosing(super().stream_row(row)) as chunks:
+                async for text in chunks:
+                    yield text
+        finally:
+            self.report("left")
+
+
+STEPPED: dict[str, tuple[type, serve.Deployment]] = {
+    "textbot": (SteppedTextbot, Textbot),
+    "chatbot": (SteppedChatbot, Chatbot),
+    "batchbot": (SteppedBatchbot, Batchbot),
+    "continuousbot": (SteppedContinuousbot, Continuousbot),
+}
+
+
+def stepped(name: str, gate: Gate, options: dict[str, Any], **arguments: Any) -> Application:
+    """A stepped bot, with the options of the original, faster health checks, and these."""
+    bot, original = STEPPED[name]
+    options = {
+        "func_or_class": bot,
+        **options,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+    }
+    return original.options(**options).bind(gate, **arguments)

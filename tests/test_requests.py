@@ -1,0 +1,145 @@
+"""`POST /` of the bots that have it: what they take, refuse and fail at, and how they say so."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from bot_fixtures import (
+    ALLOWED_ORIGIN,
+    EMOJI_PROMPT,
+    EMOJI_REPLY,
+    MAX_NEW_TOKENS,
+    WITH_KEY,
+    Bot,
+    Bots,
+    http_reply,
+    reference,
+)
+from callers import HttpCaller
+from stepped_bots import DECODE_ERROR, ENCODE_ERROR
+
+from batchbot import Batchbot
+from continuousbot import Continuousbot
+from textbot import Textbot
+
+STORY = "Tell me a story about dogs."
+ACCESS = [  # headers, and the status of a bot under key
+    (WITH_KEY, 200),
+    ({}, 401),
+    (WITH_KEY | {"Host": "evil.example"}, 400),
+    (WITH_KEY | {"Origin": "https://evil.example"}, 403),
+    (WITH_KEY | {"Origin": "null"}, 403),
+    (WITH_KEY | {"Origin": ALLOWED_ORIGIN}, 200),
+]
+
+
+@pytest.fixture(params=["textbot", "batchbot", "continuousbot"])
+def bot(request: pytest.FixtureRequest, bots: Bots) -> Bot:
+    bot = getattr(bots, request.param)
+    bot.gate.open()
+    return bot
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": " \n"}, "prompt"),
+        ({"prompt": "Hi", "max_new_tokens": "0"}, "max_new_tokens"),
+        ({"prompt": "Hi", "max_new_tokens": "-1"}, "max_new_tokens"),
+        ({"prompt": "Hi", "max_new_tokens": "many"}, "max_new_tokens"),
+        ({"prompt": "Hi", "max_new_tokens": str(MAX_NEW_TOKENS + 1)}, "max_new_tokens"),
+        ({"prompt": "Hi", "max_tokens": "5"}, "max_tokens"),
+        ({"prompt": "Hi", "max_new_tokens": True}, "max_new_tokens"),
+        ({"prompt": "Hi", "temperature": "2.5"}, "temperature"),
+        ({"prompt": "Hi", "temperature": "nan"}, "temperature"),
+        ({"prompt": "Hi", "top_p": "0"}, "top_p"),
+        ({"prompt": "Hi", "top_k": "-1"}, "top_k"),
+        ({"prompt": "Hi", "seed": "-1"}, "seed"),
+        ({"prompt": "Hi", "stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ],
+)
+def test_bad_parameters_are_a_422_that_names_the_field(bot, query, field):
+    for place, response in {
+        "query": requests.post(bot.http, params=query),
+        "body": requests.post(bot.http, json=query),
+    }.items():
+        assert response.status_code == 422
+        assert response.json()["detail"][0]["loc"] == [place, field]
+        assert response.headers["X-Model"] == "tiny-dialog"
+
+
+@pytest.mark.parametrize(
+    "body", [b"Hi!", b'"Hi!"', b"[]", b"[" * 100_000, b'{"prompt": "\\ud800"}', b"\xff"]
+)
+def test_a_body_that_is_no_json_object_is_a_422(bot, body):
+    response = requests.post(bot.http, data=body)
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"][0] == "body"
+
+
+def test_a_prompt_that_does_not_fit_is_a_413_that_says_what_does(bot, loaded):
+    room = loaded.context - MAX_NEW_TOKENS
+    prompt = "word " * room
+    tokens = len(loaded.tokenizer(prompt + loaded.tokenizer.eos_token)["input_ids"])
+    response = requests.post(bot.http, json={"prompt": prompt})
+    assert response.status_code == 413
+    assert response.json() == {"detail": f"the prompt has {tokens} tokens, {room} fit"}
+    response = requests.post(bot.http, json={"prompt": "x" * 1_000_000})
+    assert response.status_code == 413
+    assert response.json() == {"detail": f"the prompt has 1000000 bytes, {room * 64} are allowed"}
+    response = requests.post(bot.http, json={"prompt": "x" * 5_000_000})
+    assert response.status_code == 413
+    assert response.json() == {"detail": "the body has more than the 4001000 bytes allowed"}
+    assert response.headers["X-Model"] == "tiny-dialog"
+
+
+def test_a_seed_draws_the_same_reply_beside_others_and_alone(bot):
+    def ask(seed: int | None) -> str:
+        body = {"prompt": STORY, "temperature": 1.5, "max_new_tokens": 20, "seed": seed}
+        return requests.post(bot.http, json=body).text
+
+    with ThreadPoolExecutor(6) as callers:
+        beside = list(callers.map(ask, [7, 8, None, 7, None, 8]))
+    assert beside[0] == beside[3] == ask(7)
+    assert beside[1] == beside[5] == ask(8)
+    assert len(set(beside)) == 4
+
+
+def test_a_stop_string_ends_the_reply_before_it_and_frees_the_model(bot, loaded):
+    whole = reference(loaded, [STORY], MAX_NEW_TOKENS)
+    parameters = {"prompt": STORY, "stop": [whole[20:26], "dog named"]}
+    for send in ({"params": parameters}, {"json": parameters}):
+        text = requests.post(bot.http, **send).text
+        assert text == whole[: min(whole.index(stop) for stop in parameters["stop"])]
+    assert bot.gate.count("step") < 2 * 12
+
+
+@pytest.mark.parametrize("prompt", [ENCODE_ERROR, DECODE_ERROR], ids=["encode", "decode"])
+def test_an_exception_of_the_tokenizer_fails_its_request_alone(bot, loaded, prompt):
+    assert HttpCaller(bot, prompt).outcome() == "failed"
+    assert http_reply(bot, "Hello!", 2) == reference(loaded, ["Hello!"], 2)
+    bot.gate.wait("failed", 1)
+    bot.gate.wait("finished", 1)
+
+
+@pytest.mark.parametrize(("headers", "status"), ACCESS)
+@pytest.mark.parametrize("name", ["emoji_textbot", "emoji_batchbot", "emoji_continuousbot"])
+def test_who_may_not_come_in_is_refused(bots: Bots, name, headers, status):
+    bot = getattr(bots, name)
+    bot.gate.open()
+    response = requests.post(bot.http, params={"prompt": EMOJI_PROMPT}, headers=headers)
+    assert response.status_code == status
+    assert response.headers["X-Model"]
+    if status == 200:
+        assert response.content.decode() == EMOJI_REPLY
+    bot.gate.wait("finished" if status == 200 else "refused", 1)
+
+
+@pytest.mark.parametrize(
+    "deployment", [Textbot, Batchbot, Continuousbot], ids=lambda each: each.name
+)
+def test_serve_is_told_how_many_requests_a_replica_takes_and_when_to_try_again(deployment):
+    assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (100, 100)
+    assert deployment._deployment_config.backpressure_config.retry_after_s == 10
