@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on this machine: it ends when this program's input does.
 
-    python clustered.py DASHBOARD_PORT CPUS [CPUS ...]
+    python local_cluster.py DASHBOARD_PORT CPUS [CPUS ...]
 
 The head has no CPUs, the other nodes as many as are given. Prints the ports of the nodes' metrics
 as a JSON object once all are there. Each line of its input is a node's id; that node is killed.

@@ -137,6 +137,7 @@ def test_a_row_that_has_finished_or_was_left_costs_nothing_more(batchbot, loaded
 
 
 def test_prompts_that_arrive_while_a_batch_runs_make_one_next_batch(batchbot, loaded):
+    batches_of(batchbot, DEFAULT_BATCH_SIZE, wait_s=0.001)  # less than from one to the next
     batchbot.gate.hold_after(0)
     with ThreadPoolExecutor(4) as callers:
         replies = [callers.submit(http_reply, batchbot, SHORT, 2)]

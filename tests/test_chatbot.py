@@ -77,11 +77,16 @@ def test_the_first_frame_arrives_while_the_model_still_generates(chatbot):
         assert receive(websocket)
 
 
-def test_emoji_and_chinese_arrive_whole(bots: Bots):
-    bots.emoji_chatbot.gate.open()
+def test_emoji_and_chinese_arrive_whole_and_each_with_its_last_byte(bots: Bots):
+    gate = bots.emoji_chatbot.gate
+    gate.hold_after(0)
     with connect(bots.emoji_chatbot.ws, additional_headers=WITH_KEY) as websocket:
         websocket.send(EMOJI_PROMPT)
-        assert receive(websocket) == list(EMOJI_REPLY)
+        for character in EMOJI_REPLY:
+            gate.release(len(character.encode()))  # a token for each byte
+            assert websocket.recv(timeout=HANG_S) == character
+        gate.release()
+        assert receive(websocket) == []
 
 
 def test_a_blank_frame_is_answered_by_the_marker_alone(chatbot, loaded):
