@@ -90,6 +90,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
 
     def __init__(self, rows: list[Row], end_tokens: list[int]) -> None:
         self.rows = rows  # that `generate` runs with
+        self.cancelled = False
         self.end_tokens = end_tokens
         self.prompt_length = 0
         self.going_on: list[int] = []  # which of the rows
@@ -106,7 +107,9 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         """Whether to stop, shape (rows,): asked by `generate` after each step."""
         generated = input_ids.shape[1] - self.prompt_length
         tokens = zip(self.rows, input_ids[:, -1].tolist(), strict=True)
-        ended = [row.ends(token, generated, self.end_tokens) for row, token in tokens]
+        ended = [
+            self.cancelled or row.ends(token, generated, self.end_tokens) for row, token in tokens
+        ]
         self.going_on = [index for index, it_ended in enumerate(ended) if not it_ended]
         return torch.full((len(ended),), any(ended), device=input_ids.device)
 
@@ -126,12 +129,11 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
 
     def cancel(self) -> None:
         """Stop `generate` at its next step, or before its first."""
-        for row in self.rows:
-            row.cancelled = True
+        self.cancelled = True  # not the rows, whose last tokens may not have been read yet
 
     @property
     def unread(self) -> bool:
-        return all(row.cancelled for row in self.rows)
+        return self.cancelled or all(row.cancelled for row in self.rows)
 
 
 # One batch generates at a time; the prompts of the next gather meanwhile. With batches of 16, a

@@ -1,16 +1,18 @@
 """serving/arguments.py: what is checked before anything is deployed."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import requests
-from bot_fixtures import EMOJI_PROMPT
+from bot_fixtures import EMOJI_PROMPT, HANG_S
 from callers import ChatCaller, HttpCaller
 from huggingface_hub import constants
 from pydantic import ValidationError
 from scripted_model import save_scripted_model
 from transformers import AutoTokenizer
+from websockets.sync.client import connect
 
 import batchbot
 import chatbot
@@ -101,6 +103,14 @@ def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
     assert caller.outcome() == "finished"
     assert caller.text == "Hel"
     assert requests.head(bot.http).headers["X-Model"] == str(model)
+
+
+def test_another_marker_follows_the_replies(run_other, model):
+    bot = run_other(chatbot.build(ChatbotArguments(model=str(model), end_of_response="END")))
+    with connect(bot.ws) as websocket:
+        websocket.send("x" * len(EMOJI_PROMPT))
+        frames = list(iter(partial(websocket.recv, HANG_S), "END"))
+    assert "".join(frames) == "Hello"
 
 
 @pytest.mark.parametrize("name", [None, "model"])

@@ -1,5 +1,6 @@
 """batchbot.py: rows that run together, and end each for itself."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from bot_fixtures import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
+    HANG_S,
     MAX_NEW_TOKENS,
     WITH_KEY,
     Bot,
@@ -33,10 +35,13 @@ from transformers import (
     RwkvConfig,
 )
 
-from batchbot import Batchbot
+from batchbot import Batchbot, RawStreamer, Row
 from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
+from serving.decoding import TokenDecoder
 from serving.loading import load_model
+from serving.model_thread import ModelStalled, ModelThread
 from serving.padding import check_padding
+from serving.prompts import ReplyOptions
 
 PROMPTS = [
     "Hi",
@@ -231,6 +236,24 @@ def save(config: PreTrainedConfig, folder: Path) -> None:
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loaded):
+    def die(streamer: RawStreamer) -> None:
+        streamer.put(torch.tensor([5]))
+        raise SystemExit
+
+    async def read() -> None:
+        options = ReplyOptions.model_construct(max_new_tokens=9)
+        rows = [Row([0], options, None, TokenDecoder(loaded.tokenizer))]
+        streamer, thread = RawStreamer(rows, []), ModelThread()
+        thread.submit(streamer, die)
+        thread.thread.join(HANG_S)
+        async for items in Batchbot.func_or_class.consume_streamer(None, rows, streamer):
+            assert items != [StopIteration]
+
+    with pytest.raises(ModelStalled, match="died of SystemExit"):
+        asyncio.run(read())
 
 
 @pytest.mark.parametrize("config", [MINIMAX, MAMBA, OPENAI_GPT], ids=lambda each: each.model_type)
