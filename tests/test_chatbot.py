@@ -1,15 +1,21 @@
 """chatbot.py: a conversation per socket, and how each one ends."""
 
+import asyncio
 import json
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from bot_fixtures import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
 from callers import ChatCaller, ask, receive
+from ray.exceptions import TaskCancelledError
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from chatbot import MAX_WAITING
-from serving.chat import MAX_PROMPTS_AHEAD
+from serving.chat import MAX_PROMPTS_AHEAD, Chat
+from serving.prompts import ReplyOptions
+from serving.wire import Limits, PlainWire
 
 HANG_S = 60
 
@@ -231,3 +237,19 @@ def test_a_handshake_with_a_bad_option_is_refused_with_its_name(
     assert refused.value.response.status_code == 422
     assert json.loads(refused.value.response.body)["detail"][0]["loc"] == ["query", field]
     chatbot.gate.wait("refused", 1)
+
+
+def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
+    """Seen when many leave at once, so it is made here."""
+
+    async def receive() -> None:
+        raise TaskCancelledError
+
+    async def open_chat() -> None:
+        ws = SimpleNamespace(accept=AsyncMock(), receive=receive)
+        wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(), "<>")
+        async with Chat(wire, Mock(), Mock(), asyncio.Event()).open(), asyncio.timeout(HANG_S):
+            await asyncio.Event().wait()
+
+    asyncio.run(open_chat())
+    assert not caplog.records
