@@ -1,16 +1,23 @@
 """serving/metrics.py on Ray's Prometheus endpoint: what is counted is what was done."""
 
+import asyncio
 import re
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import ray
 import requests
 from bot_fixtures import HANG_S, Bot
 from callers import ChatCaller, HttpCaller
+from ray import serve
+from ray.exceptions import TaskCancelledError
+from starlette.requests import ClientDisconnect
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
+
+from serving.metrics import CountOutcomes
 
 REPORTED_S = 60  # Ray reports counters every few seconds
 CALLERS = {
@@ -115,3 +122,18 @@ def test_who_waits_and_who_is_in_the_batch_is_shown(served_bots):
     assert {caller.outcome() for caller in callers} == {"finished"}
     nothing = {name: dict.fromkeys(gauges, 0) for name, gauges in GAUGES.items()}
     assert increases(none_before, nothing) == nothing
+
+
+@pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError])
+def test_a_client_that_leaves_while_its_request_is_read_has_cancelled_it(left, monkeypatch):
+    outcomes: list[str] = []
+    bot = SimpleNamespace(metrics=SimpleNamespace(count=outcomes.append))
+    replica = SimpleNamespace(servable_object=bot)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: replica)
+
+    async def leave(*_: object) -> None:
+        raise left
+
+    with pytest.raises(left):
+        asyncio.run(CountOutcomes(leave)({"type": "http", "method": "POST"}, leave, leave))
+    assert outcomes == ["cancelled"]
