@@ -108,6 +108,14 @@ def test_a_reply_appears_word_by_word_with_its_speed_and_the_models_name(page, c
     assert last_note(page).inner_text().endswith(" tokens/s")
 
 
+def test_no_other_page_may_show_it_in_a_frame(browser, chatbot):
+    page = new_page(browser)  # whose console tells why
+    page.set_content(f'<iframe src="{chatbot.http}"></iframe>')
+    expect(page.frame_locator("iframe").get_by_role("status")).to_have_count(0)
+    assert any("frame-ancestors" in problem for problem in page.problems)
+    page.context.close()
+
+
 def test_stop_ends_the_reply_and_keeps_the_conversation(page, chatbot, loaded):
     chatbot.gate.hold_after(3)
     visit(page, chatbot)
