@@ -11,7 +11,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import (
     find_head_dim,
     find_num_key_value_heads,
@@ -30,7 +31,9 @@ def start_manager(model: PreTrainedModel, context: int, rows: int) -> Continuous
     Raises MemoryError if the cache does not fit, ValueError or the model's own error if it cannot
     be batched so.
     """
+    SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
     config = ContinuousBatchingConfig(
+        scheduler_type=RoomScheduler.name,
         page_size=PAGE_SIZE,
         max_batch_tokens=rows + PROMPT_TOKENS_PER_STEP,
         max_requests_per_batch=rows,
@@ -109,6 +112,23 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     width = find_num_key_value_heads(config) * find_head_dim(config)
     return 2 * config.num_hidden_layers * width * model.dtype.itemsize
+
+
+class RoomScheduler(FIFOScheduler):
+    """Takes requests in again also when others have left.
+
+    When the cache is full, the manager takes requests out of the batch, and nobody in until a reply
+    has come to its end. If all that run are cancelled first, that never happens.
+    """
+
+    name = "room"
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        active = len(self.active_requests)
+        cancelled: list[RequestState] = super().clear_cancelled_requests()
+        if len(self.active_requests) < active:
+            self.block_new_requests = False
+        return cancelled
 
 
 class SampleRequests(ContinuousBatchingLogitsProcessor):

@@ -10,6 +10,7 @@ import torch
 from bot_fixtures import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
+    HANG_S,
     MAX_NEW_TOKENS,
     WITH_KEY,
     Bot,
@@ -133,9 +134,37 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
     manager = paging.start_manager(loaded.model, context=128, rows=4)
     assert manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE == 128
     replies = replies_of(manager, loaded, [[prompt] for prompt in prompts], tokens)
-    manager.stop()
+    manager.stop(hard_stop=True)
     assert any(offloaded)
     assert replies == [reference(loaded, [prompt], tokens) for prompt in prompts]
+
+
+def test_replies_that_made_room_are_written_though_all_others_have_left(loaded, monkeypatch):
+    monkeypatch.setattr(paging, "TOKENS_PER_ROW", 32)
+    offload, left = OffloadingManager.offload_requests, set()
+
+    def offload_and_leave(self: OffloadingManager) -> bool:
+        offloaded = offload(self)
+        if offloaded and not left:
+            left.update(self.scheduler.active_requests)
+            for request in left:
+                manager.cancel_request(request)
+        return offloaded
+
+    monkeypatch.setattr(OffloadingManager, "offload_requests", offload_and_leave)
+    manager = paging.start_manager(loaded.model, context=128, rows=4)
+    input_ids = encode([{"role": "user", "content": LONG}], loaded.tokenizer, 400)
+    for number in range(6):
+        manager.add_request(input_ids, str(number), 60, sampler=None)
+    outputs = [manager.get_result(timeout=HANG_S)]
+    while outputs[-1] is not None and len(outputs) + len(left) < 6:
+        outputs.append(manager.get_result(timeout=HANG_S))
+    manager.stop(hard_stop=True)
+    assert left
+    assert {
+        loaded.tokenizer.decode(output.generated_tokens, skip_special_tokens=True)
+        for output in outputs
+    } == {reference(loaded, [LONG], 60)}
 
 
 def test_a_token_that_the_model_does_not_know_is_a_422_and_harms_nobody(
@@ -179,7 +208,7 @@ def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, m
     monkeypatch.setattr(paging.SampleRequests, "prepare_tensor_args", count)
     manager = paging.start_manager(loaded.model, context=128, rows=3)
     replies = replies_of(manager, loaded, [[prompt] for prompt in PROMPTS], 8)
-    manager.stop()
+    manager.stop(hard_stop=True)
     assert max(rows) == 3
     assert replies == [reference(loaded, [prompt], 8) for prompt in PROMPTS]
 
@@ -196,7 +225,7 @@ def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded)
     replies = replies_of(manager, loaded, conversations[:1], 8)
     first = sum(computed)
     replies += replies_of(manager, loaded, conversations[1:], 8)
-    manager.stop()
+    manager.stop(hard_stop=True)
     hook.remove()
     assert replies == [reference(loaded, turns, 8) for turns in conversations]
     assert sum(computed) - first < 2 * first  # and those are three prompts
