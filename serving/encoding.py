@@ -5,6 +5,8 @@ A conversation is a list of turns in the form of chat templates,
 prompts and replies by turns, a prompt last.
 """
 
+from bisect import bisect_left
+
 from transformers import PreTrainedTokenizerBase
 
 Turn = dict[str, str]
@@ -22,6 +24,10 @@ class UnknownToken(ValueError):
     """A prompt with a token that was added to the tokenizer, but not to the model."""
 
 
+class NoToken(ValueError):
+    """A prompt of which the tokenizer leaves nothing."""
+
+
 def begin(system_prompt: str | None) -> list[Turn]:
     """A conversation in which nobody has spoken yet."""
     return [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -30,20 +36,32 @@ def begin(system_prompt: str | None) -> list[Turn]:
 def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
     """Token ids of the conversation, ready for the reply: at most `room` of them.
 
-    Drops from `conversation` the oldest exchanges (a prompt and its reply), one by one, until it
-    fits; the system prompt stays. What is dropped never fits again, so it is dropped for good.
-    Raises PromptTooLong if the last prompt does not fit alone, UnknownToken if a token of it is at
-    or above the tokenizer's `model_vocab_size`, which load_model and check_model set.
+    Drops from `conversation` the oldest exchanges (a prompt and its reply), no more than it must;
+    the system prompt stays. What is dropped never fits again, so it is dropped for good.
+    Raises PromptTooLong if the last prompt does not fit alone, NoToken if there is nothing to read,
+    UnknownToken if a token of it is at or above the tokenizer's `model_vocab_size`, which
+    load_model and check_model set.
     """
     check_size(conversation[-1]["content"], room)
     first = 1 if conversation[0]["role"] == "system" else 0
-    while len(ids := tokenize(conversation, tokenizer)) > room:
-        if len(conversation) - first == 1:
-            raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room} fit")
-        del conversation[first : first + 2]
+    exchanges = (len(conversation) - first) // 2
+
+    def without(dropped: int) -> list[int]:
+        return tokenize(conversation[:first] + conversation[first + 2 * dropped :], tokenizer)
+
+    # The last prompt alone comes first, so that a refusal costs nothing for what was said before.
+    if len(alone := without(exchanges)) > room:
+        raise PromptTooLong(f"the prompt has {len(alone)} tokens, {room} fit")
+    ids = without(0) if exchanges else alone
+    if len(ids) > room:
+        fits = bisect_left(range(1, exchanges), True, key=lambda n: len(without(n)) <= room)
+        ids = without(1 + fits)
+        del conversation[first : first + 2 * (1 + fits)]
+    if not ids:
+        raise NoToken("the prompt has no token: the model's tokenizer leaves nothing of it")
     # One such token would fail the model, and with it all replies of a batch.
     known = getattr(tokenizer, "model_vocab_size", None)
-    if known is not None and (last := max(ids, default=0)) >= known:
+    if known is not None and (last := max(ids)) >= known:
         token = tokenizer.convert_ids_to_tokens(last)
         raise UnknownToken(f"the prompt has a token that the model does not know: {token}")
     return ids

@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import GuardAccess
-from serving.encoding import PromptTooLong, UnknownToken
+from serving.encoding import NoToken, PromptTooLong, UnknownToken
 from serving.metrics import CountOutcomes
 
 
@@ -92,8 +92,9 @@ async def too_long(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=413)
 
 
-async def unknown_token(request: Request, error: Exception) -> JSONResponse:
-    detail = [{"type": "unknown_token", "loc": ["body", "prompt"], "msg": str(error)}]
+async def unreadable(request: Request, error: Exception) -> JSONResponse:
+    kind = "no_token" if isinstance(error, NoToken) else "unknown_token"
+    detail = [{"type": kind, "loc": ["body", "prompt"], "msg": str(error)}]
     return JSONResponse({"detail": detail}, status_code=422)
 
 
@@ -136,7 +137,8 @@ HTTP: dict[str, Any] = {
     ],
     "exception_handlers": {
         PromptTooLong: too_long,
-        UnknownToken: unknown_token,
+        NoToken: unreadable,
+        UnknownToken: unreadable,
         WebSocketRequestValidationError: refuse_handshake,
         Exception: failed,
     },

@@ -23,7 +23,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from starlette.types import Message
 
-from serving.encoding import PromptTooLong, UnknownToken, check_size
+from serving.encoding import NoToken, PromptTooLong, UnknownToken, check_size
 from serving.model_thread import TooManyWaiting
 from serving.prompts import ReplyOptions, TextRequest, parse_object
 from serving.streaming import ReplyStreamer
@@ -45,6 +45,7 @@ class Restarting(Exception):
 CLOSE_CODES: dict[type[Exception], int] = {
     BadFrame: 1003,
     PromptTooLong: 1009,
+    NoToken: 1007,
     UnknownToken: 1007,
     Restarting: 1012,
     TooManyWaiting: 1013,

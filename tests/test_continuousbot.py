@@ -21,6 +21,7 @@ from bot_fixtures import (
 from callers import HttpCaller
 from gates import Gate
 from stepped_bots import stepped
+from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPTJConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
@@ -181,6 +182,20 @@ def test_a_token_that_the_model_does_not_know_is_a_422_and_harms_nobody(
     (problem,) = response.json()["detail"]
     assert problem["loc"] == ["body", "prompt"]
     assert problem["msg"].endswith("does not know: [PAD]")
+    assert (caller.outcome(), caller.text) == ("finished", EMOJI_REPLY)
+
+
+def test_a_prompt_without_a_token_is_a_422_and_harms_nobody(run_other, emoji_model, tmp_path):
+    shutil.copytree(emoji_model, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.backend_tokenizer.normalizer = Replace("~", "")
+    tokenizer.save_pretrained(tmp_path)
+    bot = run_other(Continuousbot.bind(str(tmp_path)))
+    caller = HttpCaller(bot, EMOJI_PROMPT + "!")  # as long as with the end of a turn
+    response = requests.post(bot.http, json={"prompt": "~"})
+    assert response.status_code == 422
+    assert [problem["type"] for problem in response.json()["detail"]] == ["no_token"]
     assert (caller.outcome(), caller.text) == ("finished", EMOJI_REPLY)
 
 

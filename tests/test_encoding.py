@@ -2,8 +2,10 @@
 
 import pytest
 from scripted_model import EOS, byte_tokenizer
+from tokenizers.normalizers import Replace
 
-from serving.encoding import PromptTooLong, UnknownToken, begin, encode, reply_limit
+from serving import encoding
+from serving.encoding import NoToken, PromptTooLong, UnknownToken, begin, encode, reply_limit
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -57,6 +59,33 @@ def test_the_oldest_exchanges_are_dropped_whole_and_the_system_prompt_stays(toke
     assert len(ids) == room
     encode(turns, tokenizer, room - 1)
     assert turns == [kept[0], *kept[3:]]
+
+
+def test_a_long_conversation_costs_few_tokenizations_and_a_refusal_one(tokenizer, monkeypatch):
+    tokenize, tokenized = encoding.tokenize, []
+
+    def count(turns, tokenizer):
+        tokenized.append(len(turns))
+        return tokenize(turns, tokenizer)
+
+    monkeypatch.setattr(encoding, "tokenize", count)
+    turns = [turn for n in range(190) for turn in (user(f"prompt {n}"), assistant(f"reply {n}"))]
+    with pytest.raises(PromptTooLong, match="has 301 tokens, 300 fit"):
+        encode([*turns, user("x" * 300)], tokenizer, 300)
+    assert tokenized == [1]
+    tokenized.clear()
+    conversation = [*turns, user("the last")]
+    assert len(encode(conversation, tokenizer, 300)) <= 300
+    assert len(tokenized) < 12
+    assert len(tokenize([*turns[-len(conversation) - 1 :], user("the last")], tokenizer)) > 300
+
+
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    tokenizer.backend_tokenizer.normalizer = Replace("~", "")
+    assert encode([user("~a~")], tokenizer, 10) == encode([user("a")], tokenizer, 10)
+    with pytest.raises(NoToken, match="leaves nothing of it"):
+        encode([user("~~")], tokenizer, 10)
 
 
 def test_a_prompt_that_fits_to_the_token_is_accepted_and_one_more_is_not(tokenizer):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serving.encoding import PromptTooLong, UnknownToken
+from serving.encoding import NoToken, PromptTooLong, UnknownToken
 from serving.model_thread import TooManyWaiting
 from serving.wire import MAX_REASON_BYTES, BadFrame, close
 
@@ -22,6 +22,7 @@ class Socket:
     [
         (BadFrame("not text"), 1003, "not text"),
         (PromptTooLong("too long"), 1009, "too long"),
+        (NoToken("nothing"), 1007, "nothing"),
         (UnknownToken("[PAD]"), 1007, "[PAD]"),
         (TooManyWaiting("busy"), 1013, "busy"),
         (MemoryError("0x1234 bytes of the prompt"), 1011, "the reply failed: MemoryError"),
