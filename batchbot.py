@@ -23,7 +23,7 @@ from serving.decoding import TokenDecoder
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
 from serving.padding import check_padding
 from serving.prompts import ReplyOptions, TextRequest, read_request
@@ -94,14 +94,13 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         self.end_tokens = end_tokens
         self.prompt_length = 0
         self.going_on: list[int] = []  # which of the rows
-        self.progress = 0.0  # when the last step was done, by time.monotonic
         self.steps: Handover[Step] = Handover(pace(len(rows)))
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompts, shape (rows, length), and then one token per row, shape (rows,)."""
         if value.dim() == 1:
-            self.progress = time.monotonic()
-            self.steps.put((self.progress, dict(zip(self.rows, value.tolist(), strict=True))))
+            tokens = dict(zip(self.rows, value.tolist(), strict=True))
+            self.steps.put((time.monotonic(), tokens))
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether to stop, shape (rows,): asked by `generate` after each step."""
@@ -180,6 +179,7 @@ class Batchbot:
         self.waiting = Population(self.metrics.waiting)
         self.batch = Population(self.metrics.batch_rows)
         self.model_thread = ModelThread(stall_timeout_s)
+        watch_layers(self.model, self.model_thread.note_progress)
         self.configured = False
         logger.info(f"{self.model_name} is ready")
 
@@ -282,7 +282,7 @@ class Batchbot:
             if any(row.finished for row in running):  # their responses close now
                 yield [(row.error or StopIteration) if row.finished else "" for row in rows]
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
         self.model_thread.check()
 

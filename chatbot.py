@@ -18,7 +18,7 @@ from serving.chat import Chat
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
 from serving.page import ChatPage
 from serving.prompts import ReplyOptions, read_options
 from serving.responses import HTTP
@@ -73,6 +73,7 @@ class Chatbot:
         self.drain = Drain()
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)
+        watch_layers(self.model, self.model_thread.note_progress)
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.api_route(
@@ -150,7 +151,7 @@ class Chatbot:
         """Called by Serve: what an autoscaling policy may count."""
         return {"replies": self.model_thread.in_progress()}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
         self.drain.health_was_asked()
         self.model_thread.check()

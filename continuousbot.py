@@ -97,7 +97,7 @@ class Continuousbot:
             self.batch.remove(streamer)
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
         self.batch.check()
 

@@ -16,7 +16,7 @@ from serving.arguments import BotArguments
 from serving.encoding import begin, encode, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread
+from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
@@ -60,6 +60,7 @@ class Textbot:
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
+        watch_layers(self.model, self.model_thread.note_progress)
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.post("/", **PROMPT_ROUTE)
@@ -96,7 +97,7 @@ class Textbot:
             streamer.cancel()
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
         self.model_thread.check()
 

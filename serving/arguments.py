@@ -44,8 +44,8 @@ class BotArguments(Access):
     stall_timeout_s: float = Field(
         default=DEFAULT_STALL_TIMEOUT_S,
         gt=0,
-        description="Seconds without a token after which a reply has failed and Serve replaces "
-        "the replica. Must be longer than the first token of the longest prompt takes.",
+        description="Seconds without progress of the model after which a reply has failed and "
+        "Serve replaces the replica. Must be longer than one of its layers takes for a prompt.",
     )
     num_cpus: float = Field(
         default=1.0,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from serving.metrics import BotMetrics, Population
-from serving.model_thread import ModelStalled
+from serving.model_thread import ModelStalled, watch_layers
 from serving.paging import PAGE_SIZE, start_manager
 from serving.sampling import Sampler
 from serving.streaming import ReplyStreamer, pace
@@ -24,8 +24,8 @@ class ContinuousBatch:
     """The requests that the manager of transformers, with a thread of its own, runs together.
 
     Every streamer that is added ends: with its reply, with BatchFailed, or with ModelStalled when
-    no request made progress for `stall_timeout_s` seconds. The thread ends with the process. All
-    methods are called on the event loop.
+    the model made no progress for `stall_timeout_s` seconds. The thread ends with the process. All
+    methods are called on the event loop, but `note_progress`, which the thread calls.
     """
 
     def __init__(
@@ -41,10 +41,11 @@ class ContinuousBatch:
         self.running = Population(metrics.batch_rows)
         self.streamers: dict[ReplyStreamer, str] = {}  # and the ids of their requests
         self.added = 0
-        self.progress = 0.0  # when there was last something new, by time.monotonic
+        self.progress = 0.0  # when there last was some, by time.monotonic
         self.watched = False
         self.error: Exception | None = None
         self.manager = start_manager(model, context, max_batch_size)
+        watch_layers(model, self.note_progress)
         # A prompt and its reply must fit the cache.
         self.context = min(context, self.manager.continuous_batching_config.num_blocks * PAGE_SIZE)
 
@@ -60,7 +61,7 @@ class ContinuousBatch:
         self.added += 1
         request = str(self.added)
         if not self.streamers:
-            self.progress = time.monotonic()
+            self.note_progress()
         self.streamers[streamer] = request
         self.waiting.add(streamer)
         self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
@@ -95,7 +96,6 @@ class ContinuousBatch:
         """Called with all tokens of a reply so far, whenever there is one more."""
         if streamer not in self.streamers or streamer.decoder.stopped:
             return
-        self.progress = time.monotonic()
         self.waiting.discard(streamer)
         self.running.add(streamer)
         streamer.text.pace = pace(len(self.running.members))
@@ -110,6 +110,9 @@ class ContinuousBatch:
         except Exception as error:  # concerns this reply alone
             streamer.fail(error)
 
+    def note_progress(self) -> None:
+        self.progress = time.monotonic()
+
     def _watch_in(self, seconds: float) -> None:
         self.watched = True
         asyncio.get_running_loop().call_later(seconds, self._watch)
@@ -122,7 +125,7 @@ class ContinuousBatch:
         if left > 0:
             self._watch_in(left)
         else:
-            self._give_up(ModelStalled(f"no token came for {self.stall_timeout_s} s"))
+            self._give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))
 
     def _give_up(self, error: Exception) -> None:
         """Fail all streamers, with one exception, so that it is logged once."""

@@ -5,12 +5,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
-DEFAULT_STALL_TIMEOUT_S = 120.0  # the first token of a long prompt may take a slow machine a minute
+DEFAULT_STALL_TIMEOUT_S = 120.0  # one layer for a long prompt may take a slow machine long
 
 logger = logging.getLogger("ray.serve")
 
@@ -21,10 +23,6 @@ class Streamer(Protocol):
     @property
     def unread(self) -> bool:
         """Whether nobody reads it any more, or to its end."""
-
-    @property
-    def progress(self) -> float:
-        """When it got its last token, by time.monotonic; 0.0 before the first."""
 
     def end(self) -> None: ...
     def fail(self, error: Exception) -> None: ...
@@ -45,7 +43,8 @@ class ModelThread:
     In one thread: a second would bring its own OpenMP team and fight for the same cores. Every
     streamer that is submitted ends: with its reply, with the exception that its run raised, or
     with ModelStalled when there was no progress for `stall_timeout_s` seconds. The thread ends
-    with the replica's process, which must not wait for it: it may hang.
+    with the replica's process, which must not wait for it: it may hang. Must be created on the
+    event loop.
     """
 
     def __init__(
@@ -54,6 +53,7 @@ class ModelThread:
         max_waiting: int | None = None,
         report_waiting: Callable[[int], None] = lambda count: None,
     ) -> None:
+        self.loop = asyncio.get_running_loop()
         self.stall_timeout_s = stall_timeout_s
         self.max_waiting = max_waiting
         self.report_waiting = report_waiting  # called when one is submitted and when one begins
@@ -62,7 +62,7 @@ class ModelThread:
         )
         self.waiting: list[Streamer] = []
         self.running: Streamer | None = None
-        self.changed = 0.0  # when a run last began or ended
+        self.progress = 0.0  # when there last was some, by time.monotonic
         self.error: ModelStalled | None = None
         self.watched = False
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -83,7 +83,7 @@ class ModelThread:
         ):
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
         if self.running is None and not self.waiting:
-            self.changed = time.monotonic()
+            self.note_progress()
         self.waiting.append(streamer)
         self.report_waiting(waiting + 1)
         self.jobs.put((streamer, generate, arguments))
@@ -99,7 +99,7 @@ class ModelThread:
     def check(self) -> None:
         """Raise ModelStalled if the model hangs or its thread is dead."""
         if self.error is None and not self.thread.is_alive():
-            self.error = ModelStalled("the model's thread is dead")
+            self._give_up(ModelStalled("the model's thread is dead"))
         if self.error is not None:
             raise ModelStalled(*self.error.args)
 
@@ -109,22 +109,31 @@ class ModelThread:
 
     def _watch(self) -> None:
         self.watched = False
-        running = self.running
-        if running is None and not self.waiting:
+        if self.running is None and not self.waiting:
             return  # until the next one is submitted
-        progress = max(self.changed, running.progress if running else 0.0)
-        left = progress + self.stall_timeout_s - time.monotonic()
+        left = self.progress + self.stall_timeout_s - time.monotonic()
         if left > 0:
             self._watch_in(left)
         else:
             self._give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))
+
+    def _give_up(self, error: ModelStalled) -> None:
+        """Fail all streamers; what of them has not begun never will."""
+        if self.error is not None:
+            return
+        self.error = error
+        logger.error(f"{error}; Serve will replace this replica")
+        for streamer in [*filter(None, [self.running]), *self.waiting]:
+            streamer.fail(error)
+            streamer.cancel()
 
     # Called in the model's thread
 
     def _run(self) -> None:
         while True:
             streamer, generate, arguments = self.jobs.get()
-            self.changed, self.running = time.monotonic(), streamer
+            self.note_progress()
+            self.running = streamer
             self.waiting.remove(streamer)
             try:
                 self.report_waiting(self._count_waiting())
@@ -137,30 +146,36 @@ class ModelThread:
                     logger.exception("The model failed for a reply that nobody reads any more")
                 streamer.fail(error)
                 if gpu_is_lost():
-                    self._give_up(ModelStalled("the GPU has failed"))
+                    self._have_given_up(ModelStalled("the GPU has failed"))
                     return
-            except (
-                BaseException
-            ) as error:  # such as SystemExit, which must not reach the event loop
+            except BaseException as error:  # such as SystemExit
                 death = ModelStalled(f"the model's thread died of {type(error).__name__}")
                 death.__cause__ = error
-                self._give_up(death)
+                self._have_given_up(death)
                 return
-            self.changed, self.running = time.monotonic(), None
+            self.note_progress()
+            self.running = None
             self.error = None  # it was only slow
 
+    def _have_given_up(self, error: ModelStalled) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the process ends
+            self.loop.call_soon_threadsafe(self._give_up, error)
+
     # Called in both
+
+    def note_progress(self) -> None:
+        self.progress = time.monotonic()
 
     def _count_waiting(self) -> int:
         return sum(not streamer.unread for streamer in list(self.waiting))
 
-    def _give_up(self, error: ModelStalled) -> None:
-        """Fail all streamers; what of them has not begun never will."""
-        self.error = error
-        logger.error(f"{error}; Serve will replace this replica")
-        for streamer in [*filter(None, [self.running]), *self.waiting]:
-            streamer.fail(error)
-            streamer.cancel()
+
+def watch_layers(model: PreTrainedModel, note_progress: Callable[[], None]) -> None:
+    """Have it called before each layer computes, also when a long prompt is read for minutes."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for layer in module:
+                layer.register_forward_pre_hook(lambda *_: note_progress())
 
 
 def gpu_is_lost() -> bool:

@@ -114,11 +114,6 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
         """Whether nobody reads it any more, or to its end."""
         return self.cancelled or self.finished
 
-    @property
-    def progress(self) -> float:
-        """When the last token came, by time.monotonic; 0.0 before the first."""
-        return self.token_times[-1] if self.token_times else 0.0
-
     def finish_reason(self, ends: Collection[int]) -> str:
         """Why the reply is over: "cancelled", "stop" at what ends it, or "length"."""
         if self.cancelled:

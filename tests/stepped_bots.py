@@ -5,6 +5,7 @@ waits for the events that this causes in the bot, and lets the model continue.
 """
 
 import os
+import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -98,6 +99,11 @@ class Stepped:
     def stall_after(self, seconds: float) -> None:
         self.model_thread.stall_timeout_s = seconds
         self.model_thread.watched = False  # the next prompt is watched anew
+
+    def slow_down(self, seconds: float) -> None:
+        """Let each layer of the model take so long."""
+        for layer in self.model.transformer.h:
+            layer.register_forward_hook(lambda *_: time.sleep(seconds))
 
 
 def failing_tokenizer(original: type) -> type:

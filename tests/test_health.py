@@ -1,14 +1,20 @@
 """A model that hangs or dies fails its replies, and the bot's health says so, to be replaced."""
 
+import inspect
+
 import pytest
 from bot_fixtures import HANG_S, Bot, Bots, wait_until
 from callers import ChatCaller, HttpCaller
 from gates import Gate
 from stepped_bots import stepped
 
+from batchbot import Batchbot
+from chatbot import Chatbot
+from continuousbot import Continuousbot
 from serving.continuous import BatchFailed
 from serving.locating import EMBEDDED
 from serving.model_thread import ModelStalled
+from textbot import Textbot
 
 LONG = "Tell me a story about dogs."
 
@@ -43,3 +49,19 @@ def test_a_model_that_hangs_or_dies_fails_its_replies_and_the_replica_is_ill(bre
 
     wait_until(is_ill, HANG_S, "the replica is well")  # the thread ends a little later
     breaking.gate.open()
+
+
+@pytest.mark.parametrize("name", ["textbot", "chatbot", "batchbot", "continuousbot"])
+def test_a_prompt_that_takes_long_to_read_is_no_stall(bots: Bots, name):
+    gate = Gate()
+    bot = bots.run(stepped(name, gate, {}, model=EMBEDDED, stall_timeout_s=2), "slow", gate)
+    bot.call("slow_down", 0.6)  # 2.4 s for its four layers
+    caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, LONG, 1)
+    assert caller.outcome() == "finished"
+    bot.call("check_health")
+
+
+def test_serve_asks_for_health_on_the_event_loop():
+    """It calls what is no coroutine in another thread, where the bot's state would change."""
+    for bot in (Textbot, Chatbot, Batchbot, Continuousbot):
+        assert inspect.iscoroutinefunction(bot.func_or_class.check_health)
