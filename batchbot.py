@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from serving.access import Access
 from serving.arguments import BatchbotArguments, BatchSettings
 from serving.decoding import TokenDecoder
-from serving.encoding import begin, encode, reply_limit
+from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
@@ -153,6 +153,7 @@ class Batchbot:
         self,
         model: str,
         max_new_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         dtype: str = "float32",
         system_prompt: str | None = None,
         access: Access | None = None,
@@ -164,6 +165,7 @@ class Batchbot:
             model, dtype, fallback, device
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
+        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
@@ -203,7 +205,7 @@ class Batchbot:
     ) -> TextStream:
         """Let the prompt join a batch and return the stream of its own row."""
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        room = self.context - request.max_new_tokens
+        room = min(self.context - request.max_new_tokens, self.max_prompt_tokens)
         input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
         decoder = TokenDecoder(self.tokenizer, request.stop)
         row = Row(input_ids, request, request.sampler(self.model.device), decoder)

@@ -15,7 +15,7 @@ from ray.serve import Application
 from serving.access import Access
 from serving.arguments import ChatbotArguments
 from serving.chat import Chat
-from serving.encoding import begin, encode, reply_limit
+from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
@@ -52,6 +52,7 @@ class Chatbot:
         self,
         model: str,
         max_new_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         dtype: str = "float32",
         system_prompt: str | None = None,
         end_of_response: str = "<>",
@@ -64,7 +65,9 @@ class Chatbot:
             model, dtype, fallback, device
         )
         self.max_new_tokens = reply_limit(max_new_tokens, context)
-        self.limits = Limits(context - self.max_new_tokens, self.max_new_tokens)
+        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, context)
+        room = min(context - self.max_new_tokens, self.max_prompt_tokens)
+        self.limits = Limits(room, self.max_new_tokens)
         self.system_prompt = system_prompt
         self.end_of_response = end_of_response
         self.access = access or Access()

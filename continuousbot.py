@@ -13,7 +13,7 @@ from ray.serve.config import BackpressureConfig
 from serving.access import Access
 from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE, ContinuousbotArguments
 from serving.continuous import ContinuousBatch
-from serving.encoding import begin, encode, reply_limit
+from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
@@ -43,6 +43,7 @@ class Continuousbot:
         self,
         model: str,
         max_new_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         dtype: str = "float32",
         system_prompt: str | None = None,
         access: Access | None = None,
@@ -59,6 +60,7 @@ class Continuousbot:
             self.model, context, max_batch_size, stall_timeout_s, self.metrics
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)
+        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.batch.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
@@ -71,7 +73,7 @@ class Continuousbot:
         """Add the prompt to the batch; return its stream when the first text is there."""
         streamer = ReplyStreamer(self.tokenizer, request.stop)
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        room = self.batch.context - request.max_new_tokens
+        room = min(self.batch.context - request.max_new_tokens, self.max_prompt_tokens)
         input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
         self.generate_text(input_ids, request, streamer)
         return await TextStream.start(self.consume_streamer(streamer))

@@ -13,7 +13,7 @@ from ray.serve.config import BackpressureConfig
 
 from serving.access import Access
 from serving.arguments import BotArguments
-from serving.encoding import begin, encode, reply_limit
+from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
@@ -44,6 +44,7 @@ class Textbot:
         self,
         model: str,
         max_new_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         dtype: str = "float32",
         system_prompt: str | None = None,
         access: Access | None = None,
@@ -55,6 +56,7 @@ class Textbot:
             model, dtype, fallback, device
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
+        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
         self.access.read_api_key()  # a key that cannot be read must not wait for the first request
@@ -70,7 +72,7 @@ class Textbot:
         """Start the reply in the model's thread; return its stream when the first text is there."""
         streamer = ReplyStreamer(self.tokenizer, request.stop)
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        room = self.context - request.max_new_tokens
+        room = min(self.context - request.max_new_tokens, self.max_prompt_tokens)
         input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
         self.model_thread.submit(streamer, self.generate_text, input_ids, request)
         return await TextStream.start(self.consume_streamer(streamer))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 from serving.access import Access
-from serving.encoding import begin, encode, reply_limit
+from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import check_model
 from serving.locating import EMBEDDED, ModelError
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
@@ -34,6 +34,12 @@ class BotArguments(Access):
         gt=0,
         description="The most tokens of a reply; a request may ask for fewer. By default 256, or "
         "half the model's context if that is less.",
+    )
+    max_prompt_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="The most tokens of a prompt, with the conversation before it. By default what "
+        "the model's context leaves to the reply; fewer bound how long one prompt may take.",
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="Number format of the weights; auto is the model's own."
@@ -82,15 +88,21 @@ class BotArguments(Access):
         """For `Deployment.bind`, checked as far as that is possible before anything is deployed.
 
         A model that is named is never replaced by another: ModelError is raised if it cannot be
-        loaded, ValueError if `max_new_tokens` or `system_prompt` do not suit it, or if
-        `api_key_file` holds no key.
+        loaded, ValueError if `max_new_tokens`, `max_prompt_tokens` or `system_prompt` do not suit
+        it, or if `api_key_file` holds no key.
         """
         access = Access.model_validate(self.model_dump(include=set(Access.model_fields)))
         if access.api_key_file is not None:
             access.api_key_file = access.api_key_file.expanduser().absolute()
             access.read_api_key()
         arguments = self.model_dump(
-            include={"max_new_tokens", "dtype", "system_prompt", "stall_timeout_s"}
+            include={
+                "max_new_tokens",
+                "max_prompt_tokens",
+                "dtype",
+                "system_prompt",
+                "stall_timeout_s",
+            }
         )
         arguments |= {"access": access, "device": "cuda" if self.num_gpus else "cpu"}
         if self.model is None:
@@ -101,7 +113,10 @@ class BotArguments(Access):
                 _, tokenizer, context = check_model(EMBEDDED)
         else:
             arguments["model"], tokenizer, context = check_model(self.model)
-        room = context - reply_limit(self.max_new_tokens, context)
+        room = min(
+            context - reply_limit(self.max_new_tokens, context),
+            prompt_limit(self.max_prompt_tokens, context),
+        )
         try:
             encode([*begin(self.system_prompt), {"role": "user", "content": "Hi"}], tokenizer, room)
         except Exception as error:

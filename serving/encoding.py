@@ -13,7 +13,7 @@ Turn = dict[str, str]
 
 # Text of more bytes is not worth tokenizing: real text has 3 to 6 bytes a token.
 MAX_BYTES_PER_TOKEN = 64
-MAX_BYTES = 4_000_000  # some seconds' work
+MAX_BYTES = 1_000_000  # 250,000 tokens of English
 
 
 class PromptTooLong(ValueError):
@@ -69,9 +69,14 @@ def encode(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase, room: i
 
 def check_size(prompt: str, room: int) -> None:
     """Raise PromptTooLong for what cannot fit, without the work of tokenizing it."""
-    size, allowed = len(prompt.encode()), min(room * MAX_BYTES_PER_TOKEN, MAX_BYTES)
+    size, allowed = len(prompt.encode()), bytes_allowed(room)
     if size > allowed:
         raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
+
+
+def bytes_allowed(tokens: int) -> int:
+    """The most bytes of UTF-8 that are worth tokenizing for so many tokens."""
+    return min(tokens * MAX_BYTES_PER_TOKEN, MAX_BYTES)
 
 
 def tokenize(conversation: list[Turn], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,3 +112,18 @@ def reply_limit(max_new_tokens: int | None, context: int) -> int:
             f"prompt and reply share the model's context of {context} tokens"
         )
     return max_new_tokens
+
+
+def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
+    """The most tokens that a prompt may have, with the conversation before it.
+
+    By default all that the context leaves to a reply of one token.
+    """
+    if max_prompt_tokens is None:
+        return context - 1
+    if not 0 < max_prompt_tokens < context:
+        raise ValueError(
+            f"max_prompt_tokens is {max_prompt_tokens}: from 1 to {context - 1} are possible, "
+            f"since prompt and reply share the model's context of {context} tokens"
+        )
+    return max_prompt_tokens

@@ -1,6 +1,7 @@
 """What a caller asks for: a prompt and its options, from the query or a JSON body, checked."""
 
 import json
+import re
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -11,10 +12,16 @@ from ray import serve
 from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
-from serving.encoding import MAX_BYTES, PromptTooLong
+from serving.encoding import PromptTooLong, bytes_allowed
 from serving.sampling import Sampler
 
-MAX_BODY_BYTES = MAX_BYTES + 1000  # read into memory before the prompt in it can be measured
+# Whatever a client sends is parsed on the event loop, while all others wait. Text takes next to no
+# time, but each value of its own takes Python half a microsecond.
+MAX_BYTES_OUTSIDE_STRINGS = 4096
+STRING = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
+ESCAPED = 3  # times as long is text of which each character is written as \uXXXX
+MAX_PROBLEMS = 5  # that an answer tells
+MAX_NAME = 100  # characters of a parameter's name in it
 
 Model = TypeVar("Model", bound="ReplyOptions")
 StopString = Annotated[str, Field(min_length=1, max_length=100)]
@@ -86,8 +93,25 @@ def query_fields(query: QueryParams) -> dict[str, Any]:
     return fields
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
+def check_structure(text: str) -> None:
+    """Raise ValueError for JSON with more values than a request can need, before it is parsed."""
+    outside, end = 0, 0
+    for string in STRING.finditer(text):
+        outside += 1 + string.start() - end
+        end = string.end()
+        if outside > MAX_BYTES_OUTSIDE_STRINGS:
+            break
+    if outside + len(text) - end > MAX_BYTES_OUTSIDE_STRINGS:
+        raise ValueError(f"has more than {MAX_BYTES_OUTSIDE_STRINGS} bytes outside of strings")
+
+
+def parse_object(data: str | bytes) -> dict[str, Any]:
     """A JSON object. Raises ValueError with what is wrong, as "is not a JSON object"."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is not a JSON object, which is UTF-8") from None
+    check_structure(text)
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
@@ -102,12 +126,14 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 async def read_body(request: Request) -> bytes:
-    """The request's body. Raises PromptTooLong before too much of it is in memory."""
+    """The request's body. Raises PromptTooLong if no prompt that fits can need so much."""
+    longest = serve.get_replica_context().servable_object.max_prompt_tokens
+    allowed = ESCAPED * bytes_allowed(longest) + MAX_BYTES_OUTSIDE_STRINGS
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise PromptTooLong(f"the body has more than the {MAX_BODY_BYTES} bytes allowed")
+        if len(body) > allowed:
+            raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
     return bytes(body)
 
 
@@ -152,6 +178,13 @@ def _validate(kind: type[Model], given: dict[str, Any]) -> Model:
 
 
 def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:
-    """What FastAPI says in the `detail` of a 422."""
+    """What FastAPI says in the `detail` of a 422: the first of the problems, with short names."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    return [{**problem, "loc": (place, *problem["loc"])} for problem in problems]
+    return [
+        {**problem, "loc": (place, *(shorten(name) for name in problem["loc"]))}
+        for problem in problems[:MAX_PROBLEMS]
+    ]
+
+
+def shorten(name: int | str) -> int | str:
+    return name[:MAX_NAME] if isinstance(name, str) else name

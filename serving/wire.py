@@ -25,7 +25,7 @@ from starlette.types import Message
 
 from serving.encoding import NoToken, PromptTooLong, UnknownToken, check_size
 from serving.model_thread import TooManyWaiting
-from serving.prompts import ReplyOptions, TextRequest, parse_object
+from serving.prompts import ReplyOptions, TextRequest, parse_object, shorten
 from serving.streaming import ReplyStreamer
 
 CHAT_V1 = "chat.v1"
@@ -173,7 +173,7 @@ class JsonWire:
             )
         except ValidationError as error:
             problem = error.errors()[0]
-            field = ".".join(str(part) for part in problem["loc"])
+            field = ".".join(str(shorten(part)) for part in problem["loc"])
             raise BadFrame(f"{field}: {problem['msg']}") from None
 
     async def send_waiting(self, ahead: int) -> None:

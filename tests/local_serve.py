@@ -9,6 +9,7 @@ import inspect
 import socket
 import sys
 import threading
+import time
 from contextvars import ContextVar
 from importlib import import_module
 from types import SimpleNamespace
@@ -38,6 +39,16 @@ class LocalServe:
         self.patches = pytest.MonkeyPatch()
         self.patches.setattr(serve, "get_replica_context", CURRENT.get)
         self.patches.setattr(scaling, "is_stopping", lambda: False)
+        self.longest_s = 0.0  # that the event loop has computed without a pause
+        run_callback = asyncio.Handle._run
+
+        def run_and_time(handle: asyncio.Handle) -> None:
+            began = time.thread_time()  # which stands still while others have the core
+            run_callback(handle)
+            if threading.current_thread() is self.thread:
+                self.longest_s = max(self.longest_s, time.thread_time() - began)
+
+        self.patches.setattr(asyncio.Handle, "_run", run_and_time)
         config = uvicorn.Config(self, lifespan="off", log_config=None, access_log=False)
         self.server = uvicorn.Server(config)
         self.started = threading.Event()

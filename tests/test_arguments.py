@@ -48,6 +48,7 @@ def test_without_arguments_the_default_model_may_be_replaced():
         "model": "microsoft/DialoGPT-small",
         "fallback": "tiny-dialog",
         "max_new_tokens": None,
+        "max_prompt_tokens": None,
         "dtype": "float32",
         "system_prompt": None,
         "stall_timeout_s": 120.0,
@@ -87,7 +88,7 @@ def test_options_reach_ray_and_the_batch():
     batchbot.build(arguments)
 
 
-@pytest.mark.parametrize(
+each_bot = pytest.mark.parametrize(
     ("module", "arguments"),
     [
         (textbot, BotArguments),
@@ -96,6 +97,9 @@ def test_options_reach_ray_and_the_batch():
         (continuousbot, ContinuousbotArguments),
     ],
 )
+
+
+@each_bot
 def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), max_new_tokens=3, num_cpus=0.5)))
     prompt = "x" * len(EMOJI_PROMPT)
@@ -103,6 +107,21 @@ def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
     assert caller.outcome() == "finished"
     assert caller.text == "Hel"
     assert requests.head(bot.http).headers["X-Model"] == str(model)
+
+
+@each_bot
+def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, module, arguments):
+    tokens = len(EMOJI_PROMPT) + 1  # one for each letter, and the end of the turn
+    bot = run_other(module.build(arguments(model=str(model), max_prompt_tokens=tokens)))
+    call = ChatCaller if module is chatbot else HttpCaller
+    outcomes = [call(bot, "x" * length).outcome() for length in (tokens - 1, tokens)]
+    assert outcomes == ["finished", "refused"]
+
+
+def test_a_limit_of_prompts_beyond_the_context_is_refused(model):
+    arguments = BotArguments(model=str(model), max_prompt_tokens=128)
+    with pytest.raises(ValueError, match="max_prompt_tokens is 128: from 1 to 127 are possible"):
+        arguments.constructor_arguments()
 
 
 def test_another_marker_follows_the_replies(run_other, model):

@@ -7,7 +7,7 @@ import pytest
 import requests
 import schemathesis
 from bot_fixtures import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, http_reply, reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -16,15 +16,18 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from scripted_model import byte_tokenizer
 from test_encoding import assistant, user
 from test_properties import json_texts, texts
+from transformers import AutoModelForCausalLM, BloomConfig
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from serving.encoding import PromptTooLong, encode
+from serving.encoding import MAX_BYTES, PromptTooLong, encode
 from serving.loading import LoadedModel
-from serving.prompts import ReplyOptions
+from serving.prompts import MAX_BYTES_OUTSIDE_STRINGS, ReplyOptions
 from serving.wire import CHAT_V1, REFUSALS, JsonWire, Limits
+from textbot import Textbot
 
 CHECKS = [
     not_a_server_error,
@@ -53,6 +56,58 @@ def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, na
 
     ask()
     assert http_reply(bot, "Hello!", 2) == reference(loaded, ["Hello!"], 2)
+
+
+@pytest.fixture(scope="module")
+def roomy(bots: Bots, tmp_path_factory: pytest.TempPathFactory) -> Bot:
+    """A bot that takes the longest of prompts."""
+    folder, tokenizer = tmp_path_factory.mktemp("roomy"), byte_tokenizer(20_000)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=8, n_layer=1, n_head=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return bots.run(Textbot.bind(str(folder), max_new_tokens=5), "roomy", None)
+
+
+MOST = 3 * MAX_BYTES + MAX_BYTES_OUTSIDE_STRINGS
+parts = st.sampled_from(['"', "\\", "{", "[", "]", "}", ":", ",", "1", "a", " ", "\\u4e2d", "é"])
+
+
+@settings(fuzz, max_examples=30)
+@given(
+    before=st.sampled_from(["", '{"', '{"prompt": "', '{"prompt": "Hi", "a": ', '{"stop": [']),
+    repeated=st.lists(parts, min_size=1, max_size=5).map("".join),
+)
+@example('{"stop": [', "[],")
+@example("", "[")
+@example("", '"')
+@example("{", '"é":1,')
+@example('{"prompt": "', "\\u4e2d")
+@example('{"prompt": "', '\\"')
+@example('{"a', "a")
+def test_no_body_holds_up_others(local_serve, roomy, before, repeated):
+    text = before + repeated * (MOST // len(repeated.encode()))
+    local_serve.longest_s = 0.0
+    response = requests.post(roomy.http, data=text.encode()[:MOST], timeout=HANG_S)
+    assert response.status_code in (413, 422)
+    assert len(response.content) < 10_000
+    assert local_serve.longest_s < 0.1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{number:x}" for number in range(MOST // 12)],
+        [f"{number:x}" for number in range(1000)],
+        [f"{number:x}" * 400 for number in range(1000)],
+    ],
+    ids=["many", "as many as are read", "long"],
+)
+def test_no_parameters_hold_up_others(local_serve, roomy, names):
+    local_serve.longest_s = 0.0
+    response = requests.post(roomy.http, json=dict.fromkeys(names, 1), timeout=HANG_S)
+    assert response.status_code == 422
+    assert len(response.content) < 10_000
+    assert local_serve.longest_s < 0.1
 
 
 def test_the_openapi_of_the_chatbot_has_no_http_operation(bots: Bots):

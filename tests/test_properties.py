@@ -18,7 +18,12 @@ from serving.decoding import TokenDecoder
 from serving.encoding import MAX_BYTES_PER_TOKEN, PromptTooLong, Turn, begin, encode, tokenize
 from serving.loading import check_model
 from serving.locating import EMBEDDED
-from serving.prompts import ReplyOptions, TextRequest, parse_object
+from serving.prompts import (
+    MAX_BYTES_OUTSIDE_STRINGS,
+    ReplyOptions,
+    TextRequest,
+    parse_object,
+)
 from serving.streaming import ReplyStreamer
 from serving.wire import REFUSALS, BadFrame, JsonWire, Limits, PlainWire
 
@@ -298,7 +303,9 @@ def test_any_binary_frame_is_refused(data):
 @property_test
 @given(
     body=st.one_of(
-        json_texts, st.binary(), any_text.map(lambda text: json.dumps(text).encode("utf-16"))
+        json_texts,
+        st.binary(),
+        json_values.map(lambda value: json.dumps({"prompt": value}).encode("utf-16")),
     )
 )
 def test_any_body_is_an_object_or_a_value_error(body):
@@ -307,10 +314,13 @@ def test_any_body_is_an_object_or_a_value_error(body):
     except ValueError as error:
         assert str(error) in {
             "is not a JSON object",
+            "is not a JSON object, which is UTF-8",
+            f"has more than {MAX_BYTES_OUTSIDE_STRINGS} bytes outside of strings",
             "has a lone surrogate, which is no character",
         }
     else:
         assert isinstance(fields, dict)
+        assert isinstance(body, str) or body.decode()
 
 
 def has_surrogate(value: Any) -> bool:

@@ -71,7 +71,8 @@ def test_bad_parameters_are_a_422_that_names_the_field(bot, query, field):
 
 
 @pytest.mark.parametrize(
-    "body", [b"Hi!", b'"Hi!"', b"[]", b"[" * 100_000, b'{"prompt": "\\ud800"}', b"\xff"]
+    "body",
+    [b"Hi!", b'"Hi!"', b"[]", b"[" * 4000, b"[" * 10_000, b'{"prompt": "\\ud800"}', b"\xff"],
 )
 def test_a_body_that_is_no_json_object_is_a_422(bot, body):
     response = requests.post(bot.http, data=body)
@@ -86,12 +87,13 @@ def test_a_prompt_that_does_not_fit_is_a_413_that_says_what_does(bot, loaded):
     response = requests.post(bot.http, json={"prompt": prompt})
     assert response.status_code == 413
     assert response.json() == {"detail": f"the prompt has {tokens} tokens, {room} fit"}
-    response = requests.post(bot.http, json={"prompt": "x" * 1_000_000})
+    response = requests.post(bot.http, json={"prompt": "x" * 80_000})
     assert response.status_code == 413
-    assert response.json() == {"detail": f"the prompt has 1000000 bytes, {room * 64} are allowed"}
-    response = requests.post(bot.http, json={"prompt": "x" * 5_000_000})
+    assert response.json() == {"detail": f"the prompt has 80000 bytes, {room * 64} are allowed"}
+    longest = 3 * (loaded.context - 1) * 64 + 4096
+    response = requests.post(bot.http, json={"prompt": "x" * longest})
     assert response.status_code == 413
-    assert response.json() == {"detail": "the body has more than the 4001000 bytes allowed"}
+    assert response.json() == {"detail": f"the body has more than the {longest} bytes allowed"}
     assert response.headers["X-Model"] == "tiny-dialog"
 
 
