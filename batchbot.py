@@ -152,6 +152,7 @@ class Batchbot:
     def __init__(
         self,
         model: str,
+        served_model_name: str | None = None,
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         dtype: str = "float32",
@@ -161,14 +162,13 @@ class Batchbot:
         fallback: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self.model_name, self.model, self.tokenizer, self.context = load_model(
-            model, dtype, fallback, device
-        )
+        name, self.model, self.tokenizer, self.context = load_model(model, dtype, fallback, device)
+        self.model_name = served_model_name or name
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
-        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
+        self.api_key = self.access.read_api_key()
         # Short prompts are padded, on the left: a reply continues the end of its row.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id

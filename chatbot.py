@@ -51,6 +51,7 @@ class Chatbot:
     def __init__(
         self,
         model: str,
+        served_model_name: str | None = None,
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         dtype: str = "float32",
@@ -61,9 +62,8 @@ class Chatbot:
         fallback: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self.model_name, self.model, self.tokenizer, context = load_model(
-            model, dtype, fallback, device
-        )
+        name, self.model, self.tokenizer, context = load_model(model, dtype, fallback, device)
+        self.model_name = served_model_name or name
         self.max_new_tokens = reply_limit(max_new_tokens, context)
         self.max_prompt_tokens = prompt_limit(max_prompt_tokens, context)
         room = min(context - self.max_new_tokens, self.max_prompt_tokens)
@@ -71,7 +71,7 @@ class Chatbot:
         self.system_prompt = system_prompt
         self.end_of_response = end_of_response
         self.access = access or Access()
-        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
+        self.api_key = self.access.read_api_key()
         self.free_places = MAX_CHATS
         self.drain = Drain()
         self.metrics = BotMetrics()

@@ -13,7 +13,7 @@ from ray.serve.config import BackpressureConfig
 from serving.access import Access
 from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE, ContinuousbotArguments
 from serving.continuous import ContinuousBatch
-from serving.encoding import begin, encode, prompt_limit, reply_limit
+from serving.encoding import PromptTooLong, begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
@@ -42,6 +42,7 @@ class Continuousbot:
     def __init__(
         self,
         model: str,
+        served_model_name: str | None = None,
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         dtype: str = "float32",
@@ -51,19 +52,19 @@ class Continuousbot:
         fallback: str | None = None,
         device: str = "cpu",
         max_batch_size: int = DEFAULT_CONTINUOUS_BATCH_SIZE,
+        cache_tokens: int | None = None,
     ) -> None:
-        self.model_name, self.model, self.tokenizer, context = load_model(
-            model, dtype, fallback, device
-        )
+        name, self.model, self.tokenizer, context = load_model(model, dtype, fallback, device)
+        self.model_name = served_model_name or name
         self.metrics = BotMetrics()
         self.batch = ContinuousBatch(
-            self.model, context, max_batch_size, stall_timeout_s, self.metrics
+            self.model, context, max_batch_size, cache_tokens, stall_timeout_s, self.metrics
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)
         self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.batch.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
-        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
+        self.api_key = self.access.read_api_key()
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.post("/", **PROMPT_ROUTE)
@@ -74,7 +75,12 @@ class Continuousbot:
         streamer = ReplyStreamer(self.tokenizer, request.stop)
         conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
         room = min(self.batch.context - request.max_new_tokens, self.max_prompt_tokens)
-        input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
+        try:
+            input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
+        except PromptTooLong as error:
+            if self.batch.context < self.batch.cache_tokens:
+                raise
+            raise PromptTooLong(f"{error}; the cache has {self.batch.cache_tokens}") from None
         self.generate_text(input_ids, request, streamer)
         return await TextStream.start(self.consume_streamer(streamer))
 

@@ -43,6 +43,7 @@ class Textbot:
     def __init__(
         self,
         model: str,
+        served_model_name: str | None = None,
         max_new_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
         dtype: str = "float32",
@@ -52,14 +53,13 @@ class Textbot:
         fallback: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self.model_name, self.model, self.tokenizer, self.context = load_model(
-            model, dtype, fallback, device
-        )
+        name, self.model, self.tokenizer, self.context = load_model(model, dtype, fallback, device)
+        self.model_name = served_model_name or name
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.context)
         self.system_prompt = system_prompt
         self.access = access or Access()
-        self.access.read_api_key()  # a key that cannot be read must not wait for the first request
+        self.api_key = self.access.read_api_key()
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
         watch_layers(self.model, self.model_thread.note_progress)

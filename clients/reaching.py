@@ -30,9 +30,10 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
     if options.api_key_file is None:
         return {}
     try:
-        return {"Authorization": f"Bearer {options.api_key_file.read_text().strip()}"}
-    except OSError as error:
+        key = options.api_key_file.read_bytes().strip().decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"--api-key-file: {error}")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def wait_until_ready(options: argparse.Namespace) -> str:
@@ -43,7 +44,8 @@ def wait_until_ready(options: argparse.Namespace) -> str:
     url = options.url.replace("ws", "http", 1) if options.url.startswith("ws") else options.url
     deadline = time.monotonic() + options.wait
     said = False
-    while (response := probe(url)) is None and time.monotonic() < deadline:
+    headers = authorization(options)
+    while (response := probe(url, headers)) is None and time.monotonic() < deadline:
         if not said:
             print(
                 f"waiting up to {options.wait:.0f} s for {options.url} (Ctrl-C leaves)",
@@ -63,10 +65,10 @@ def printable(text: str) -> str:
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
-def probe(url: str) -> requests.Response | None:
+def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
     """Any answer of a bot, whatever it says to a GET; None while it starts."""
     try:
-        response = requests.get(url, timeout=PROBE_TIMEOUT_S)
+        response = requests.get(url, headers=headers, timeout=PROBE_TIMEOUT_S)
     except requests.exceptions.SSLError:
         return requests.Response()
     except (requests.ConnectionError, requests.Timeout):

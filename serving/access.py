@@ -77,11 +77,13 @@ class Access(BaseModel, extra="forbid"):
             raise ValueError(f"api_key_file: cannot be read: {error}") from None
         if not key or len(key.split()) > 1:
             raise ValueError(f"api_key_file: {self.api_key_file} must hold one key on one line")
+        if not key.isascii():  # clients do not agree on how others are sent in a header
+            raise ValueError(f"api_key_file: the key in {self.api_key_file} must be ASCII")
         return key
 
-    def guard(self, app: ASGIApp) -> ASGIApp:
-        """The app behind all checks: host, then origin, then key."""
-        app = RequireKey(app, key) if (key := self.read_api_key()) else app
+    def guard(self, app: ASGIApp, key: bytes | None) -> ASGIApp:
+        """The app behind all checks: host, then origin, then the key, if there is one."""
+        app = RequireKey(app, key) if key else app
         # Inside the check of the origin, since CORS alone lets every request through: it only
         # keeps the page from reading the answer. Outside that of the key: a browser asks first
         # whether it may send one.
@@ -108,7 +110,8 @@ class GuardAccess:
             await self.app(scope, receive, send)
             return
         if self.guarded is None:
-            self.guarded = serve.get_replica_context().servable_object.access.guard(self.app)
+            bot = serve.get_replica_context().servable_object
+            self.guarded = bot.access.guard(self.app, bot.api_key)
         await self.guarded(scope, receive, send)
 
 
@@ -164,7 +167,9 @@ class RequireKey:
 
             async def send_challenge(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    MutableHeaders(scope=message).update(CHALLENGE)
+                    headers = MutableHeaders(scope=message)
+                    headers.update(CHALLENGE)
+                    del headers["X-Model"]
                 await send(message)
 
             await self.app(scope, receive, send_challenge)

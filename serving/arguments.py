@@ -29,6 +29,12 @@ class BotArguments(Access):
         description="Hub id, folder, or <folder or hub id>:<file>.gguf. By default "
         "microsoft/DialoGPT-small, or the embedded model where that cannot be had.",
     )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What clients are told as X-Model. By default the hub id, or the last part of "
+        "a folder.",
+    )
     max_new_tokens: int | None = Field(
         default=None,
         gt=0,
@@ -97,6 +103,7 @@ class BotArguments(Access):
             access.read_api_key()
         arguments = self.model_dump(
             include={
+                "served_model_name",
                 "max_new_tokens",
                 "max_prompt_tokens",
                 "dtype",
@@ -164,8 +171,14 @@ class ContinuousbotArguments(BotArguments):
     max_batch_size: int = Field(
         default=DEFAULT_CONTINUOUS_BATCH_SIZE,
         gt=0,
-        description="Replies at once, at most. The cache that they share has 256 tokens for each, "
-        "or the model's context if that is more, and half of the free memory at most.",
+        description="Replies at once, at most.",
+    )
+    cache_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens of the cache that the replies share, in half of the free memory at "
+        "most; a prompt must fit it with its reply. By default 256 for each reply, or the model's "
+        "context if that is more, up to 8192.",
     )
 
     def autoscaling_config(self) -> dict[str, Any]:
@@ -176,7 +189,8 @@ class ContinuousbotArguments(BotArguments):
         return super().deployment_options() | requests_beside(self.max_batch_size)
 
     def constructor_arguments(self) -> dict[str, Any]:
-        return super().constructor_arguments() | {"max_batch_size": self.max_batch_size}
+        own = self.model_dump(include={"max_batch_size", "cache_tokens"})
+        return super().constructor_arguments() | own
 
 
 class BatchbotArguments(BotArguments, BatchSettings):

@@ -33,6 +33,7 @@ class ContinuousBatch:
         model: PreTrainedModel,
         context: int,
         max_batch_size: int,
+        cache_tokens: int | None,
         stall_timeout_s: float,
         metrics: BotMetrics,
     ) -> None:
@@ -44,10 +45,11 @@ class ContinuousBatch:
         self.progress = 0.0  # when there last was some, by time.monotonic
         self.watched = False
         self.error: Exception | None = None
-        self.manager = start_manager(model, context, max_batch_size)
+        self.manager = start_manager(model, context, max_batch_size, cache_tokens)
         watch_layers(model, self.note_progress)
         # A prompt and its reply must fit the cache.
-        self.context = min(context, self.manager.continuous_batching_config.num_blocks * PAGE_SIZE)
+        self.cache_tokens = self.manager.continuous_batching_config.num_blocks * PAGE_SIZE
+        self.context = min(context, self.cache_tokens)
 
     def add(
         self,

@@ -61,7 +61,7 @@ def load_model(
         return load_model(fallback, dtype, device=device)
     model.to(device)
     model.generation_config = greedy_config(model, tokenizer)
-    return LoadedModel(name, model, tokenizer, context_length(config, tokenizer))
+    return LoadedModel(source.served_name, model, tokenizer, context_length(config, tokenizer))
 
 
 def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:

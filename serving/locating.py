@@ -35,6 +35,13 @@ class Source(NamedTuple):
     options: dict[str, Any]
 
     @property
+    def served_name(self) -> str:
+        """What clients are told: of a folder the last part, for where it is concerns nobody."""
+        if self.name == EMBEDDED or not Path(self.place).is_dir():
+            return self.name
+        return ":".join([Path(self.place).name, *self.options.get("gguf_file", "").split()])
+
+    @property
     def is_remote(self) -> bool:
         """Whether it must come from the hub first."""
         return not self.options.get("local_files_only") and not Path(self.place).is_dir()

@@ -1,6 +1,9 @@
 """The ContinuousBatchingManager of transformers, sized for a replica, with samplers of our own."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
@@ -20,15 +23,21 @@ from transformers.generation.continuous_batching.utils import (
 
 from serving.sampling import Sampler, SampleRows
 
-TOKENS_PER_ROW = 256  # of the cache, if all rows are taken; one reply alone may have the context
+TOKENS_PER_ROW = 256  # of the cache, if all rows are taken
+TOKENS_OF_ONE = 8192  # at least, if the context has as many: what one reply alone may have
 PAGE_SIZE = 32  # tokens
+CGROUP = Path("/sys/fs/cgroup")
 PROMPT_TOKENS_PER_STEP = 256  # longer prompts hold up the other replies no longer than that
 
 
-def start_manager(model: PreTrainedModel, context: int, rows: int) -> ContinuousBatchingManager:
+def start_manager(
+    model: PreTrainedModel, context: int, rows: int, cache_tokens: int | None = None
+) -> ContinuousBatchingManager:
     """Start the thread that runs the model for all requests that are added, so many at once.
 
-    Raises MemoryError if the cache does not fit, ValueError or the model's own error if it cannot
+    Their cache has room for `cache_tokens`, by default for TOKENS_PER_ROW times the rows, or for
+    the context, up to TOKENS_OF_ONE, if that is more; half of the free memory at most. Raises
+    MemoryError if the cache does not fit, ValueError or the model's own error if it cannot
     be batched so.
     """
     SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
@@ -47,7 +56,8 @@ def start_manager(model: PreTrainedModel, context: int, rows: int) -> Continuous
     )
     # By default it would take most of the memory. On a CPU each step would cost accordingly, and on
     # a GPU there may be other replicas.
-    tokens = min(max(context, rows * TOKENS_PER_ROW), free_memory(model) // bytes_per_token(model))
+    wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
+    tokens = min(wanted, free_memory(model) // 2 // bytes_per_token(model))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
     manager = model.init_continuous_batching(continuous_batching_config=config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(
@@ -100,11 +110,25 @@ def try_out(manager: ContinuousBatchingManager, model_type: str) -> None:
 
 
 def free_memory(model: PreTrainedModel) -> int:
-    """Half of the bytes that are free where the model is."""
+    """Bytes that are free where the model is: on the GPU, or for this container on this machine."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        return free // 2
-    return psutil.virtual_memory().available // 2
+        return free
+    return min([psutil.virtual_memory().available, *container_memory()])
+
+
+def container_memory() -> Iterator[int]:
+    """Bytes that a container has left of its limit, by Linux' cgroups of both versions."""
+    for folder, limit, used in (
+        (CGROUP, "memory.max", "memory.current"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # there are none, or the limit is "max"
+            statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+            # What is used holds files that have been read, which give way.
+            files = int(statistics.get("inactive_file", 0))
+            limit_bytes, used_bytes = (int((folder / name).read_text()) for name in (limit, used))
+            yield max(0, limit_bytes - used_bytes + files)
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

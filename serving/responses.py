@@ -9,8 +9,10 @@ from fastapi import Request, WebSocket
 from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import GuardAccess
@@ -49,13 +51,8 @@ class TextStream(StreamingResponse):
             await self.rest.aclose()
 
 
-def model_header() -> dict[str, str]:
-    """What answered: the name of this replica's model, in ASCII as headers are."""
-    return {"X-Model": quote(serve.get_replica_context().servable_object.model_name, safe="/:@ ")}
-
-
 class NameTheModel:
-    """ASGI middleware that puts `X-Model` on every response and WebSocket handshake."""
+    """ASGI middleware: `X-Model`, in ASCII, on every response and WebSocket handshake."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -67,7 +64,8 @@ class NameTheModel:
                 "websocket.accept",
                 "websocket.http.response.start",
             ):
-                MutableHeaders(scope=message).update(model_header())
+                name = serve.get_replica_context().servable_object.model_name
+                MutableHeaders(scope=message)["X-Model"] = quote(name, safe="/:@ ")
             await send(message)
 
         await self.app(scope, receive, send_named)
@@ -88,6 +86,35 @@ class CompletePath:
         await self.app(scope, receive, send)
 
 
+class AnswerFailures:
+    """ASGI middleware: a failure before the first byte is a 500 that tells no more than its kind.
+
+    Inside of the others, so that it is an answer like any, also for web pages of other hosts. The
+    exception goes on to Serve, which logs its traceback.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_watched)
+        except (ClientDisconnect, TaskCancelledError):
+            raise
+        except Exception as error:
+            if scope["type"] == "http" and not started:
+                detail = f"the reply failed: {type(error).__name__}"
+                await JSONResponse({"detail": detail}, status_code=500)(scope, receive, send)
+            raise
+
+
 async def too_long(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=413)
 
@@ -96,13 +123,6 @@ async def unreadable(request: Request, error: Exception) -> JSONResponse:
     kind = "no_token" if isinstance(error, NoToken) else "unknown_token"
     detail = [{"type": kind, "loc": ["body", "prompt"], "msg": str(error)}]
     return JSONResponse({"detail": detail}, status_code=422)
-
-
-async def failed(request: Request, error: Exception) -> JSONResponse:
-    """A failure before the first byte. Serve logs its traceback; callers only learn its kind."""
-    detail = f"the reply failed: {type(error).__name__}"
-    # This response does not pass through the middleware.
-    return JSONResponse({"detail": detail}, status_code=500, headers=model_header())
 
 
 async def refuse_handshake(ws: WebSocket, error: Exception) -> None:
@@ -130,16 +150,16 @@ logging.getLogger("ray.serve").addFilter(traceback_once)
 # For FastAPI: what is the same in all bots.
 HTTP: dict[str, Any] = {
     "middleware": [
-        Middleware(NameTheModel),
         Middleware(CountOutcomes),
         Middleware(GuardAccess),
+        Middleware(NameTheModel),  # to those who may use it
         Middleware(CompletePath),
+        Middleware(AnswerFailures),
     ],
     "exception_handlers": {
         PromptTooLong: too_long,
         NoToken: unreadable,
         UnknownToken: unreadable,
         WebSocketRequestValidationError: refuse_handshake,
-        Exception: failed,
     },
 }

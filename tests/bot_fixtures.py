@@ -170,7 +170,8 @@ def new_gate(port: int) -> Callable[[], RemoteGate]:
 
 
 def answers(bot: Bot) -> bool:
-    return "X-Model" in requests.get(bot.http, timeout=HANG_S).headers
+    headers = requests.get(bot.http, timeout=HANG_S).headers
+    return "X-Model" in headers or "WWW-Authenticate" in headers
 
 
 def call_replica(application: str, method: str, *arguments: Any) -> Any:

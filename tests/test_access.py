@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serving.access import Access
 from serving.arguments import BotArguments
 
-HOST, KEY = "localhost:8000", "käse 🧀".replace(" ", "-")
+HOST, KEY = "localhost:8000", "correct-horse/battery+staple="
 
 
 async def bot(scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +48,7 @@ def answer(
     async def receive() -> Message:
         raise AssertionError("nothing is to be read")
 
-    asyncio.run(access.guard(bot)(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(access.guard(bot, access.read_api_key())(scope, receive, send))  # type: ignore[arg-type]
     found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], found, sent[1]["body"]
 
@@ -192,7 +192,13 @@ def test_a_browser_offers_the_key_as_a_subprotocol(tmp_path, subprotocols, statu
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(None, "cannot be read"), (b"", "one key"), (b" \n", "one key"), (b"two keys", "one key")],
+    [
+        (None, "cannot be read"),
+        (b"", "one key"),
+        (b" \n", "one key"),
+        (b"two keys", "one key"),
+        ("käse".encode(), "must be ASCII"),
+    ],
 )
 def test_a_file_without_a_key_is_refused_in_build(tmp_path: Path, content, problem):
     file = tmp_path / "key"

@@ -47,6 +47,7 @@ def test_without_arguments_the_default_model_may_be_replaced():
     assert BotArguments().constructor_arguments() == {
         "model": "microsoft/DialoGPT-small",
         "fallback": "tiny-dialog",
+        "served_model_name": None,
         "max_new_tokens": None,
         "max_prompt_tokens": None,
         "dtype": "float32",
@@ -106,7 +107,7 @@ def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
     caller = (ChatCaller if module is chatbot else HttpCaller)(bot, prompt)
     assert caller.outcome() == "finished"
     assert caller.text == "Hel"
-    assert requests.head(bot.http).headers["X-Model"] == str(model)
+    assert requests.head(bot.http).headers["X-Model"] == model.name
 
 
 @each_bot
@@ -116,6 +117,22 @@ def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, 
     call = ChatCaller if module is chatbot else HttpCaller
     outcomes = [call(bot, "x" * length).outcome() for length in (tokens - 1, tokens)]
     assert outcomes == ["finished", "refused"]
+
+
+@each_bot
+def test_a_bot_may_be_served_under_another_name(run_other, model, module, arguments):
+    bot = run_other(module.build(arguments(model=str(model), served_model_name="ours/größer")))
+    assert requests.head(bot.http).headers["X-Model"] == "ours/gr%C3%B6%C3%9Fer"
+
+
+def test_the_key_is_read_once(run_other, model, tmp_path):
+    (tmp_path / "key").write_text("secret")
+    arguments = BotArguments(model=str(model), api_key_file=tmp_path / "key")
+    bot = run_other(textbot.build(arguments))
+    (tmp_path / "key").unlink()
+    for key, status in (("secret", 200), ("other", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert requests.post(f"{bot.http}?prompt=Hi", headers=headers).status_code == status
 
 
 def test_a_limit_of_prompts_beyond_the_context_is_refused(model):

@@ -213,6 +213,60 @@ def test_a_model_that_cannot_be_batched_so_is_refused_at_the_start(config, probl
         paging.start_manager(model, context=64, rows=2)
 
 
+def test_a_prompt_that_the_cache_cannot_hold_is_a_413_that_says_so(run_other):
+    bot = run_other(Continuousbot.bind(EMBEDDED, max_new_tokens=20, cache_tokens=64))
+    assert HttpCaller(bot, SHORT).outcome() == "finished"
+    response = requests.post(bot.http, json={"prompt": "word " * 99})
+    assert response.status_code == 413
+    assert response.json()["detail"].endswith(" tokens, 44 fit; the cache has 64")
+
+
+@pytest.mark.parametrize(
+    ("context", "rows", "cache_tokens", "free", "expected"),
+    [
+        (128, 3, None, 10**9, 3 * 256),
+        (1024, 3, None, 10**9, 1024),
+        (131_072, 3, None, 10**9, 8192),
+        (10**30, 64, None, 10**9, 64 * 256),
+        (131_072, 3, 12_000, 10**9, 12_000),
+        (131_072, 3, None, 1_000_000, None),
+    ],
+)
+def test_the_cache_has_room_for_the_rows_or_a_long_prompt_in_half_of_the_memory(
+    loaded, monkeypatch, context, rows, cache_tokens, free, expected
+):
+    monkeypatch.setattr(paging, "free_memory", lambda model: free)
+    manager = paging.start_manager(loaded.model, context, rows, cache_tokens)
+    manager.stop(hard_stop=True)
+    tokens = manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE
+    bound = expected or free // 2 // paging.bytes_per_token(loaded.model)
+    assert bound - paging.PAGE_SIZE < tokens <= bound
+
+
+def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(
+    loaded, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(paging, "CGROUP", tmp_path)
+    everything = paging.free_memory(loaded.model)
+    for name, content in (
+        ("memory.max", "300000\n"),
+        ("memory.current", "180000\n"),
+        ("memory.stat", "anon 90000\ninactive_file 40000\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert paging.free_memory(loaded.model) == 160_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert paging.free_memory(loaded.model) > everything // 2
+    (tmp_path / "memory").mkdir()
+    for name, content in (
+        ("memory.limit_in_bytes", "200000\n"),
+        ("memory.usage_in_bytes", "210000\n"),
+        ("memory.stat", "inactive_file 5000\n"),
+    ):
+        (tmp_path / "memory" / name).write_text(content)
+    assert paging.free_memory(loaded.model) == 0
+
+
 def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, monkeypatch):
     prepare, rows = paging.SampleRequests.prepare_tensor_args, []
 

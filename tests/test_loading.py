@@ -49,7 +49,7 @@ def reply(name: str, **options: str) -> str:
 
 def test_a_folder_is_a_model(emoji_model):
     loaded = load_model(str(emoji_model))
-    assert loaded.name == str(emoji_model)
+    assert loaded.name == emoji_model.name
     assert loaded.context == 512
     assert reply(str(emoji_model)) == EMOJI_REPLY
 

@@ -126,6 +126,19 @@ def test_an_exception_of_the_tokenizer_fails_its_request_alone(bot, loaded, prom
     bot.gate.wait("finished", 1)
 
 
+def test_a_failure_before_the_first_text_is_an_answer_like_any_also_for_an_allowed_page(bots: Bots):
+    bots.emoji_textbot.gate.open()
+    headers = {"Origin": ALLOWED_ORIGIN, **WITH_KEY}
+    response = requests.post(
+        bots.emoji_textbot.http, json={"prompt": ENCODE_ERROR}, headers=headers
+    )
+    assert response.status_code == 500
+    assert response.json() == {"detail": "the reply failed: ValueError"}
+    assert response.headers["Access-Control-Allow-Origin"] == ALLOWED_ORIGIN
+    assert response.headers["X-Model"]
+    bots.emoji_textbot.gate.wait("failed", 1)
+
+
 @pytest.mark.parametrize(("headers", "status"), ACCESS)
 @pytest.mark.parametrize("name", ["emoji_textbot", "emoji_batchbot", "emoji_continuousbot"])
 def test_who_may_not_come_in_is_refused(bots: Bots, name, headers, status):
@@ -133,7 +146,7 @@ def test_who_may_not_come_in_is_refused(bots: Bots, name, headers, status):
     bot.gate.open()
     response = requests.post(bot.http, params={"prompt": EMOJI_PROMPT}, headers=headers)
     assert response.status_code == status
-    assert response.headers["X-Model"]
+    assert ("X-Model" in response.headers) == (status == 200)
     if status == 200:
         assert response.content.decode() == EMOJI_REPLY
     bot.gate.wait("finished" if status == 200 else "refused", 1)

@@ -78,7 +78,7 @@ def test_arguments_configure_a_bot(checkout, emoji_model):
     arguments = [f"model={emoji_model}", "max_new_tokens=3", "num_cpus=0.5"]
     with serve_run(checkout, "textbot:build", *arguments):
         response = requests.post("http://localhost:8000/?prompt=x")
-        assert response.headers["X-Model"] == str(emoji_model)
+        assert response.headers["X-Model"] == emoji_model.name
         assert len(response.text) == 3
         response = requests.post("http://localhost:8000/?prompt=x&max_new_tokens=4")
         assert response.status_code == 422
