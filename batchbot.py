@@ -234,12 +234,30 @@ class Batchbot:
         self.waiting.discard(*rows)
         self.batch.add(*rows)
         try:
-            streamer = RawStreamer(rows, self.model.generation_config.eos_token_id or [])
-            self.model_thread.submit(streamer, self.generate_text, rows)
-            async for items in self.consume_streamer(rows, streamer):
-                yield items
+            for part in self.split(rows):
+                streamer = RawStreamer(part, self.model.generation_config.eos_token_id or [])
+                self.model_thread.submit(streamer, self.generate_text, part)
+                async for items in self.consume_streamer(rows, streamer):
+                    yield items
         finally:
             self.model_is_free.set()
+
+    def split(self, rows: list[Row]) -> list[list[Row]]:
+        """Parts of a batch, mostly one, of which prompts and replies fit the context together.
+
+        Padding makes the prompts of a part as long as its longest, and some models count it.
+        """
+        parts: list[list[Row]] = []
+        for row in rows:
+            for part in parts:
+                together = [*part, row]
+                prompt = max(len(each.input_ids) for each in together)
+                if prompt + max(each.options.max_new_tokens for each in together) <= self.context:
+                    part.append(row)
+                    break
+            else:
+                parts.append([row])
+        return parts
 
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
         """Run the model, in its thread; when a row ends, go on without it."""

@@ -28,6 +28,7 @@ from scripted_model import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
+    GPTNeoConfig,
     MambaConfig,
     MiniMaxConfig,
     OpenAIGPTConfig,
@@ -224,6 +225,14 @@ MINIMAX = MiniMaxConfig(
 )
 MAMBA = MambaConfig(hidden_size=32, num_hidden_layers=2, tie_word_embeddings=False)
 OPENAI_GPT = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, n_positions=128)
+GPT_NEO = GPTNeoConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    max_position_embeddings=64,
+    window_size=16,
+    attention_types=[[["global", "local"], 1]],
+)
 RWKV = RwkvConfig(hidden_size=32, num_hidden_layers=2, context_length=128)  # ignores the mask
 BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2)  # counts padding, too
 
@@ -266,6 +275,20 @@ def test_rows_end_apart_whatever_the_cache_is(config, run_other, tmp_path):
     with ThreadPoolExecutor(3) as callers:
         replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
     assert len(set(map(len, replies))) > 1  # they did not end together
+    model = load_model(str(tmp_path))
+    assert replies == [
+        reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+
+
+def test_a_long_prompt_beside_it_takes_no_room_from_a_reply(run_other, tmp_path):
+    """GPT-Neo has no place beyond its context, also where that begins with padding."""
+    save(GPT_NEO, tmp_path)
+    app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
+    prompts, lengths = ["x" * 59, "Hey!", "Hi!"], [4, 32, 4]
+    bot = run_other(app.bind(str(tmp_path)))
+    with ThreadPoolExecutor(3) as callers:
+        replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
     model = load_model(str(tmp_path))
     assert replies == [
         reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)

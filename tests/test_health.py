@@ -1,5 +1,6 @@
 """A model that hangs or dies fails its replies, and the bot's health says so, to be replaced."""
 
+import asyncio
 import inspect
 
 import pytest
@@ -11,6 +12,7 @@ from stepped_bots import stepped
 from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
+from serving import scaling
 from serving.continuous import BatchFailed
 from serving.locating import EMBEDDED
 from serving.model_thread import ModelStalled
@@ -59,6 +61,20 @@ def test_a_prompt_that_takes_long_to_read_is_no_stall(bots: Bots, name):
     caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, LONG, 1)
     assert caller.outcome() == "finished"
     bot.call("check_health")
+
+
+def test_a_replica_that_is_asked_for_its_health_again_drains_no_longer(monkeypatch):
+    monkeypatch.setattr(scaling, "is_stopping", lambda: True)
+    monkeypatch.setattr(scaling, "SILENCE_S", 0.1)
+    monkeypatch.setattr(scaling, "LOOK_EVERY_S", 0.01)
+
+    async def drain_and_stay() -> None:
+        drain = scaling.Drain()
+        await asyncio.wait_for(drain.begun.wait(), HANG_S)
+        drain.health_was_asked()
+        assert not drain.begun.is_set()
+
+    asyncio.run(drain_and_stay())
 
 
 def test_serve_asks_for_health_on_the_event_loop():
