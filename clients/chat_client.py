@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 
-from reaching import add_options, authorization, show, wait_until_ready
+from reaching import add_options, authorization, printable, show, wait_until_ready
 from terminal import HELP, is_typed, on_ctrl_c, prompts
 from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection, connect
@@ -69,7 +69,7 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
             return True
         except ReplyError as error:
             print(flush=True)
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             return False
         except ConnectionClosed as closed:
             if shown or closed.rcvd is None or closed.rcvd.code != RESTARTING:
@@ -129,7 +129,7 @@ def main() -> None:
     except ConnectionClosed as closed:
         print()
         code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
-        sys.exit(f"{options.url} closed the connection: {code} {reason}".rstrip())
+        sys.exit(printable(f"{options.url} closed the connection: {code} {reason}").rstrip())
     except OSError:
         sys.exit(f"nothing answers at {options.url}: is a bot running? (serve run chatbot:app)")
     except WebSocketException as error:

@@ -53,7 +53,7 @@ def wait_until_ready(options: argparse.Namespace) -> str:
             )
             said = True
         time.sleep(PROBE_EVERY_S)
-    return unquote(response.headers.get("X-Model", "")) if response is not None else ""
+    return printable(unquote(response.headers.get("X-Model", ""))) if response is not None else ""
 
 
 def show(text: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import requests
-from reaching import add_options, authorization, show, wait_until_ready
+from reaching import add_options, authorization, printable, show, wait_until_ready
 
 
 class Refused(Exception):
@@ -44,7 +44,7 @@ def main() -> None:
             show(text)
         print()
     except Refused as error:
-        sys.exit(str(error))
+        sys.exit(printable(str(error)))
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except requests.exceptions.ChunkedEncodingError:

@@ -6,6 +6,7 @@ own machine: a browser sends `POST http://localhost:8000/?prompt=...` for it wit
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Iterable
 from hmac import compare_digest
@@ -23,6 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
+# By these headers Serve lets a client decide what is the operator's: whether an abandoned request
+# goes on, and with which requests it may share a batch. `_` and `-` are the same to it.
+STEERING = {"x-request-disconnect-disabled", "serve-multiplexed-model-id"}
+TIMEOUT = "x-request-timeout-seconds"  # may shorten the operator's, but 0 would lift it
 DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -82,7 +87,8 @@ class Access(BaseModel, extra="forbid"):
         return key
 
     def guard(self, app: ASGIApp, key: bytes | None) -> ASGIApp:
-        """The app behind all checks: host, then origin, then the key, if there is one."""
+        """The app behind all checks: host, origin, the key if there is one, headers."""
+        app = CheckHeaders(app)
         app = RequireKey(app, key) if key else app
         # Inside the check of the origin, since CORS alone lets every request through: it only
         # keeps the page from reading the answer. Outside that of the key: a browser asks first
@@ -144,6 +150,28 @@ class CheckOrigin:
             )
         except (ValueError, KeyError):  # "null", a port that is no number, another scheme
             return False
+
+
+class CheckHeaders:
+    """ASGI middleware: 400 for a header by which a client would steer Serve."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        for name, value in Headers(scope=scope).items():
+            known = name.replace("_", "-")
+            if known in STEERING or (known == TIMEOUT and not _is_positive(value)):
+                app = JSONResponse({"detail": f"the header {name} is not a client's to set"}, 400)
+        await app(scope, receive, send)
+
+
+def _is_positive(seconds: str) -> bool:
+    try:
+        return 0 < float(seconds) < math.inf
+    except ValueError:
+        return False
 
 
 class RequireKey:

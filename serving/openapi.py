@@ -9,9 +9,12 @@ def _described(description: str, media_type: str, schema: dict[str, Any]) -> dic
     return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
+def _detailed(detail: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"detail": detail}, "required": ["detail"]}
+
+
 def _error(description: str, detail: dict[str, Any]) -> dict[str, Any]:
-    schema = {"type": "object", "properties": {"detail": detail}, "required": ["detail"]}
-    return _described(description, "application/json", schema)
+    return _described(description, "application/json", _detailed(detail))
 
 
 TEXT = {"type": "string"}
@@ -82,7 +85,13 @@ PROMPT_ROUTE: dict[str, Any] = {
         ),
     },
     "responses": {
-        400: _described("The bot does not answer for this host", "text/plain", TEXT),
+        400: {
+            "description": "The bot does not answer for this host, or a header is not a client's",
+            "content": {
+                "text/plain": {"schema": TEXT},
+                "application/json": {"schema": _detailed(TEXT)},
+            },
+        },
         401: _error("The key is missing or wrong", TEXT),
         403: _error("Web pages of this origin may not ask", TEXT),
         413: _error("The prompt or the body is too long", TEXT),

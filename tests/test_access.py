@@ -140,6 +140,28 @@ def test_without_allowed_origins_no_page_may_read_an_answer():
     assert "access-control-allow-origin" not in headers
 
 
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("x-request-timeout-seconds", "30", 200),
+        ("x-request-timeout-seconds", "0", 400),
+        ("x-request-timeout-seconds", "-1", 400),
+        ("x-request-timeout-seconds", "nan", 400),
+        ("x-request-timeout-seconds", "inf", 400),
+        ("x-request-timeout-seconds", "soon", 400),
+        ("X-Request-Disconnect-Disabled", "?1", 400),
+        ("serve_multiplexed_model_id", "mine", 400),
+        ("serve-multiplexed-model-id", "mine", 400),
+        ("x-request-id", "mine", 200),
+    ],
+)
+def test_a_client_does_not_decide_what_is_the_operators(kind, name, value, status):
+    found, _, body = answer(Access(), {name: value}, kind)
+    assert found == status
+    assert status == 200 or name.lower() in body.decode()
+
+
 def in_base64(key: str) -> str:
     return "bearer." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
 

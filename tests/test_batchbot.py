@@ -303,6 +303,22 @@ def test_a_model_that_reads_padding_is_known_by_its_logits(config, dtype, tmp_pa
         check_padding(load_model(str(tmp_path), dtype).model)
 
 
+def test_a_model_whose_logits_are_no_numbers_is_refused_and_tokens_never_written_are_none(loaded):
+    def spoil(value: float, *tokens: int):
+        def change(model, arguments, output) -> None:
+            output.logits[..., list(tokens) or slice(None)] = value
+
+        return loaded.model.register_forward_hook(change)
+
+    hook = spoil(float("-inf"), 3, 5)
+    check_padding(loaded.model)
+    hook.remove()
+    hook = spoil(float("nan"))
+    with pytest.raises(ValueError, match="it reads the padding"):
+        check_padding(loaded.model)
+    hook.remove()
+
+
 def test_rounding_is_not_taken_for_padding_that_is_read():
     check_padding(load_model("tiny-dialog", "bfloat16").model)
 

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from bot_fixtures import (
@@ -295,17 +298,9 @@ def test_a_reply_of_a_chat_that_fails_is_one_line_and_status_1_and_the_rest_come
     assert ran.stdout == f"{began}\n{joke}\n"
 
 
-def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
-    told: list[str] = []
-
-    def answer(websocket: ServerConnection) -> None:
-        told.append(websocket.recv())
-        if len(told) == 1:
-            websocket.close(1012, "this replica ends")
-        else:
-            websocket.send('{"type": "text", "text": "Hi!"}')
-            websocket.send('{"type": "done"}')
-            websocket.recv()
+@contextmanager
+def chat_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
+    """The URL of something that speaks chat.v1, and answers a probe."""
 
     def answer_probe(connection: ServerConnection, request: Request) -> Response | None:
         asks = "Upgrade" in request.headers
@@ -318,12 +313,57 @@ def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
         ThreadPoolExecutor(1) as thread,
     ):
         thread.submit(server.serve_forever)
-        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}/"
-        ran = run(CHAT, "--url", url, stdin="Hello!\n")
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}/"
         server.shutdown()
+
+
+def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
+    told: list[str] = []
+
+    def answer(websocket: ServerConnection) -> None:
+        told.append(websocket.recv())
+        if len(told) == 1:
+            websocket.close(1012, "this replica ends")
+        else:
+            websocket.send('{"type": "text", "text": "Hi!"}')
+            websocket.send('{"type": "done"}')
+            websocket.recv()
+
+    with chat_server(answer) as url:
+        ran = run(CHAT, "--url", url, stdin="Hello!\n")
     assert (ran.stdout, ran.returncode) == ("Hi!\n", 0)
     assert ran.stderr == "(connected again: a new conversation)\n"
     assert [json.loads(message)["prompt"] for message in told] == ["Hello!", "Hello!"]
+
+
+def test_what_a_server_says_of_an_error_cannot_command_a_terminal():
+    def answer(websocket: ServerConnection) -> None:
+        websocket.recv()
+        websocket.send(json.dumps({"type": "error", "detail": "\x1b[31mno"}))
+        websocket.recv()
+        websocket.close(1011, "\x1b[2Jgone")
+
+    with chat_server(answer) as url:
+        ran = run(CHAT, "--url", url, stdin="Hello!\nHello!\n")
+    assert ran.stderr == f"[31mno\n{url} closed the connection: 1011 [2Jgone\n"
+
+
+def test_what_a_server_says_of_a_refusal_cannot_command_a_terminal():
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(422)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(b"\x1b[2Jno")
+
+        do_GET = do_POST
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        url = f"http://127.0.0.1:{server.server_port}/"
+        ran = run(STREAM, "--url", url)
+        server.shutdown()
+    assert ran.stderr == f"{url} answered 422: [2Jno\n"
 
 
 @pytest.mark.parametrize("script", [STREAM, CHAT])
