@@ -1,8 +1,12 @@
 """continuousbot.py: requests join and leave a batch that continues."""
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -20,6 +24,8 @@ from bot_fixtures import (
 )
 from callers import HttpCaller
 from gates import Gate
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stepped_bots import stepped
 from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPTJConfig
@@ -29,10 +35,11 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from continuousbot import Continuousbot
 from serving import paging
-from serving.continuous import BatchFailed
+from serving.continuous import BatchFailed, ContinuousBatch
 from serving.encoding import encode
 from serving.loading import LoadedModel
 from serving.locating import EMBEDDED
+from serving.streaming import ReplyStreamer
 
 PROMPTS = [
     "Hi",
@@ -298,6 +305,75 @@ def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded)
     hook.remove()
     assert replies == [reference(loaded, turns, 8) for turns in conversations]
     assert sum(computed) - first < 2 * first  # and those are three prompts
+
+
+asked = st.tuples(
+    st.sampled_from(PROMPTS),
+    st.sampled_from([4, 60]),  # tokens of the reply
+    st.sampled_from([[], ["e"]]),  # stop strings
+    st.integers(0, 40) | st.none(),  # pieces after which the client leaves
+    st.integers(0, 20),  # ms after which it comes
+)
+
+
+def test_whoever_comes_and_goes_the_others_get_their_replies(loaded, monkeypatch):
+    """In a cache that holds two long replies, out of which some are taken; then others may leave."""
+    offload, leaving = OffloadingManager.offload_requests, [0]  # after so many of these
+
+    def offload_and_leave(self: OffloadingManager) -> bool:
+        offloaded = offload(self)
+        leaving[0] -= 1
+        if leaving[0] == 0:
+            for streamer, request in list(batch.streamers.items()):
+                if request in self.scheduler.active_requests:
+                    streamer.cancel()
+        return offloaded
+
+    monkeypatch.setattr(OffloadingManager, "offload_requests", offload_and_leave)
+    expected: dict[tuple[str, int], str] = {}
+    for prompt, tokens in product(PROMPTS, [4, 60]):
+        expected[prompt, tokens] = reference(loaded, [prompt], tokens)
+
+    async def start() -> ContinuousBatch:
+        return ContinuousBatch(loaded.model, loaded.context, 4, 128, 20, Mock())
+
+    async def ask(batch, prompt, tokens, stop, pieces, delay_ms) -> None:
+        await asyncio.sleep(delay_ms / 1000)
+        streamer, text = ReplyStreamer(loaded.tokenizer, stop), ""
+        conversation = [{"role": "user", "content": prompt}]
+        batch.add(streamer, encode(conversation, loaded.tokenizer, 400), tokens, None)
+        try:
+            async with aclosing(aiter(streamer)) as chunks:
+                while pieces is None or pieces > 0:
+                    text += await anext(chunks, "")
+                    if streamer.cancelled:
+                        return
+                    if streamer.finished:
+                        whole = expected[prompt, tokens]
+                        assert text == (whole.split(stop[0])[0] if stop else whole)
+                        return
+                    pieces = pieces and pieces - 1
+        finally:
+            streamer.cancel()
+            batch.remove(streamer)
+
+    async def ask_all(batch, requests) -> None:
+        async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
+            for request in requests:
+                tasks.create_task(ask(batch, *request))
+        await ask(batch, SHORT, 4, [], None, 0)
+
+    with asyncio.Runner() as runner:
+        batch = runner.run(start())
+
+        @settings(deadline=None, derandomize=True, max_examples=30)
+        @given(requests=st.lists(asked, max_size=10), offloads=st.integers(1, 4))
+        def come_and_go(requests, offloads) -> None:
+            leaving[0] = offloads
+            runner.run(ask_all(batch, requests))
+
+        come_and_go()
+        batch.manager.stop(hard_stop=True)
 
 
 def replies_of(
