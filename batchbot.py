@@ -35,8 +35,6 @@ logger = logging.getLogger("ray.serve")
 
 fastapi_app = FastAPI(title="Batchbot", **HTTP)
 
-CACHE_NAMES = ("past_key_values", "cache_params")  # the second is Mamba's; some models take none
-
 # Of one row: text, "" if there is none yet, an error that concerns it alone, or its end.
 Item = str | Exception | type[StopIteration]
 
@@ -287,9 +285,10 @@ class Batchbot:
             mask = torch.nn.functional.pad(
                 mask[left], (0, input_ids.shape[1] - mask.shape[1]), value=1
             )
-            if type(cache) is DynamicCache:  # without one that can be cut, all is computed anew
+            # Without one that can be cut and goes on after it, all is computed anew.
+            if type(cache) is DynamicCache and "past_key_values" in parameters:
                 cache.reorder_cache(left)
-                reused = {name: cache for name in CACHE_NAMES if name in parameters}
+                reused = {"past_key_values": cache}
             streamer.drop_ended()
 
     async def consume_streamer(

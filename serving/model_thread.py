@@ -98,8 +98,6 @@ class ModelThread:
 
     def check(self) -> None:
         """Raise ModelStalled if the model hangs or its thread is dead."""
-        if self.error is None and not self.thread.is_alive():
-            self._give_up(ModelStalled("the model's thread is dead"))
         if self.error is not None:
             raise ModelStalled(*self.error.args)
 

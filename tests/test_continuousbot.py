@@ -317,7 +317,7 @@ asked = st.tuples(
 
 
 def test_whoever_comes_and_goes_the_others_get_their_replies(loaded, monkeypatch):
-    """In a cache that holds two long replies, out of which some are taken; then others may leave."""
+    """In a cache that holds two long replies, which some must leave, and then all others may."""
     offload, leaving = OffloadingManager.offload_requests, [0]  # after so many of these
 
     def offload_and_leave(self: OffloadingManager) -> bool:

@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import ray
@@ -17,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
-from serving.metrics import CountOutcomes
+from serving.metrics import CountOutcomes, Population
 
 REPORTED_S = 60  # Ray reports counters every few seconds
 CALLERS = {
@@ -62,13 +63,13 @@ def test_what_is_counted_is_what_was_done(served_bots):
     before = {}
     for name, bot in bots.items():
         bot.gate.open()
-        before[name], call = scrape(name), CALLERS[name]
+        before[name], ask = scrape(name), CALLERS[name]
         for _ in range(2):
-            assert call(bot, STORY, 5).outcome() == "finished"
+            assert ask(bot, STORY, 5).outcome() == "finished"
         bot.gate.fail_at(4)
-        assert call(bot, STORY, 5).outcome() == "failed"
+        assert ask(bot, STORY, 5).outcome() == "failed"
         bot.gate.hold_after(2)
-        leaving = call(bot, STORY, 5)
+        leaving = ask(bot, STORY, 5)
         leaving.first()
         bot.gate.wait("step", 3)
         leaving.leave("close")
@@ -108,12 +109,12 @@ GAUGES = {
 def test_who_waits_and_who_is_in_the_batch_is_shown(served_bots):
     callers = []
     for name in GAUGES:
-        bot, call = served_bots[name], CALLERS[name]
+        bot, ask = served_bots[name], CALLERS[name]
         bot.gate.hold_after(1)
-        callers.append(call(bot, STORY, 5))
+        callers.append(ask(bot, STORY, 5))
         callers[-1].first()
         for number in (2, 3):
-            callers.append(call(bot, STORY, 5))
+            callers.append(ask(bot, STORY, 5))
             bot.gate.wait("asked" if name == "batchbot" else "submitted", number)
     none_before = {name: Counter() for name in GAUGES}
     assert increases(none_before, GAUGES) == GAUGES
@@ -122,6 +123,16 @@ def test_who_waits_and_who_is_in_the_batch_is_shown(served_bots):
     assert {caller.outcome() for caller in callers} == {"finished"}
     nothing = {name: dict.fromkeys(gauges, 0) for name, gauges in GAUGES.items()}
     assert increases(none_before, nothing) == nothing
+
+
+def test_a_gauge_goes_up_and_down_with_those_who_are_there():
+    gauge = Mock()
+    population = Population(gauge)
+    population.add("one", "two")
+    population.add("two")
+    population.discard("one", "three")
+    population.discard("two")
+    assert gauge.set.call_args_list == [call(2), call(2), call(1), call(0)]
 
 
 @pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError])

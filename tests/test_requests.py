@@ -70,6 +70,12 @@ def test_bad_parameters_are_a_422_that_names_the_field(bot, query, field):
         assert response.headers["X-Model"] == "tiny-dialog"
 
 
+def test_the_body_goes_before_the_query(bot, loaded):
+    query = {"prompt": "Hello!", "max_new_tokens": 1}
+    text = requests.post(bot.http, params=query, json={"max_new_tokens": 2}).text
+    assert text == reference(loaded, ["Hello!"], 2)
+
+
 @pytest.mark.parametrize(
     "body",
     [b"Hi!", b'"Hi!"', b"[]", b"[" * 4000, b"[" * 10_000, b'{"prompt": "\\ud800"}', b"\xff"],
