@@ -1,7 +1,6 @@
 """Several prompts in one run of the model, each reply to its caller: `serve run batchbot:app`."""
 
 import asyncio
-import inspect
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
-from transformers import DynamicCache, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from serving.access import Access
@@ -25,7 +24,7 @@ from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
-from serving.padding import check_padding
+from serving.padding import can_cut_cache, check_padding
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.sampling import Sampler, SampleRows
@@ -171,6 +170,7 @@ class Batchbot:
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
         check_padding(self.model)
+        self.cuts_cache = can_cut_cache(self.model)
         # Serve would make many small batches of what arrives while one runs, and run them one by
         # one. Held back until the model is free, they run together.
         self.model_is_free = asyncio.Event()
@@ -264,8 +264,7 @@ class Batchbot:
             {"input_ids": [row.input_ids for row in rows]}, padding=True, return_tensors="pt"
         ).to(self.model.device)
         input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        reused: dict[str, DynamicCache] = {}
-        parameters = inspect.signature(self.model.forward).parameters
+        reused: dict[str, Any] = {}
         streamer.prompt_length = input_ids.shape[1]
         while True:
             output = self.model.generate(
@@ -285,8 +284,7 @@ class Batchbot:
             mask = torch.nn.functional.pad(
                 mask[left], (0, input_ids.shape[1] - mask.shape[1]), value=1
             )
-            # Without one that can be cut and goes on after it, all is computed anew.
-            if type(cache) is DynamicCache and "past_key_values" in parameters:
+            if self.cuts_cache:  # else all is computed anew
                 cache.reorder_cache(left)
                 reused = {"past_key_values": cache}
             streamer.drop_ended()

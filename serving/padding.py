@@ -1,14 +1,15 @@
-"""Whether a model can have prompts of unequal lengths in one batch: padding must change nothing."""
+"""What a model must do, or may do, in a batch of prompts of unequal lengths: it is tried out."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-LENGTH = 4  # tokens, of the prompt that is tried and of the padding before it
+LENGTH = 4  # tokens, of the prompts that are tried and of the padding before one
 
-# Of the logits' standard deviation. Padding that is hidden changes them by rounding alone, which
-# is 1e-7 of it in float32 and 1e-2 in bfloat16; padding that is read, by about as much as it.
+# Of the logits' standard deviation. What must not matter changes them by rounding alone, which is
+# 1e-7 of it in float32 and 1e-2 in bfloat16; what does matter, by about as much as it.
 TOLERANCE = 0.1
 
 
@@ -21,14 +22,8 @@ def check_padding(model: PreTrainedModel) -> None:
     # Not in this thread: one that has computed keeps its OpenMP threads, with which those of the
     # model's thread would have to share the cores.
     with ThreadPoolExecutor(1) as thread:
-        alone, padded = (thread.submit(next_logits, model, pads).result() for pads in (0, LENGTH))
-    # What is no number compares as false. Tokens that a model never writes are minus infinity.
-    known = alone.isfinite()
-    if not (
-        known.any()
-        and torch.equal(known, padded.isfinite())
-        and (padded - alone)[known].std() <= TOLERANCE * alone[known].std()
-    ):
+        alone, padded = (thread.submit(try_padding, model, pads).result() for pads in (0, LENGTH))
+    if not are_alike(padded, alone):
         raise ValueError(
             f"transformers cannot batch {model.config.model_type}: it reads the padding before "
             "short prompts, so that replies would depend on the rest of the batch; the Textbot and "
@@ -36,15 +31,59 @@ def check_padding(model: PreTrainedModel) -> None:
         )
 
 
-def next_logits(model: PreTrainedModel, pads: int) -> torch.Tensor:
+def can_cut_cache(model: PreTrainedModel) -> bool:
+    """Whether the rows that go on when another has ended may do so with their part of the cache.
+
+    Some models have none, keep some of it elsewhere, or read everything again on top of it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(try_cut, model).result()
+
+
+def try_padding(model: PreTrainedModel, pads: int) -> torch.Tensor:
     """The logits that follow a prompt with so many pads before it, shape (vocabulary size,)."""
     prompt = torch.arange(LENGTH, device=model.device)[None]
     pad = model.generation_config.pad_token_id
-    output = model.generate(
-        torch.nn.functional.pad(prompt, (pads, 0), value=pad),
-        attention_mask=torch.nn.functional.pad(torch.ones_like(prompt), (pads, 0)),
+    mask = torch.nn.functional.pad(torch.ones_like(prompt), (pads, 0))
+    prompt = torch.nn.functional.pad(prompt, (pads, 0), value=pad)
+    return next_token(model, prompt, mask).logits[0][0].float()
+
+
+def try_cut(model: PreTrainedModel) -> bool:
+    prompts = torch.arange(2 * LENGTH, device=model.device).view(2, LENGTH)
+    output = next_token(model, prompts, torch.ones_like(prompts))
+    going_on, cache = output.sequences[1:], output.past_key_values
+    mask = torch.ones_like(going_on)
+    if type(cache) is not DynamicCache:
+        return False
+    try:
+        cache.reorder_cache(torch.tensor([1], device=model.device))
+        cut = next_token(model, going_on, mask, past_key_values=cache)
+    except Exception:
+        return False
+    return are_alike(cut.logits[0], next_token(model, going_on, mask).logits[0])
+
+
+def next_token(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, **options: Any
+) -> Any:
+    """What `generate` returns; its logits are a list of one tensor of (rows, vocabulary size)."""
+    return model.generate(
+        input_ids,
+        attention_mask=mask,
         max_new_tokens=1,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
-    return output.logits[0][0].float()
+
+
+def are_alike(some: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether logits differ by rounding alone."""
+    known = others.isfinite()  # tokens that a model never writes are minus infinity
+    difference, spread = (some - others)[known].float(), others[known].float()
+    return bool(
+        known.any()
+        and torch.equal(known, some.isfinite())
+        and difference.std() <= TOLERANCE * spread.std()
+    )

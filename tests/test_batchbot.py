@@ -33,6 +33,7 @@ from transformers import (
     MiniMaxConfig,
     OpenAIGPTConfig,
     PreTrainedConfig,
+    RecurrentGemmaConfig,
     RwkvConfig,
 )
 
@@ -233,6 +234,15 @@ GPT_NEO = GPTNeoConfig(
     window_size=16,
     attention_types=[[["global", "local"], 1]],
 )
+RECURRENT_GEMMA = RecurrentGemmaConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    head_dim=16,
+    lru_width=32,
+    attention_window_size=64,
+)
 RWKV = RwkvConfig(hidden_size=32, num_hidden_layers=2, context_length=128)  # ignores the mask
 BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2)  # counts padding, too
 
@@ -270,11 +280,18 @@ def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loa
 
 @pytest.mark.parametrize(
     ("config", "goes_on"),
-    [(MINIMAX, False), (MAMBA, False), (OPENAI_GPT, False), (GPT_NEO, True)],
-    ids=["minimax", "mamba", "openai-gpt", "gpt-neo"],
+    [
+        (MINIMAX, False),
+        (MAMBA, False),
+        (OPENAI_GPT, False),
+        (RECURRENT_GEMMA, False),
+        (GPT_NEO, True),
+    ],
+    ids=["minimax", "mamba", "openai-gpt", "recurrent-gemma", "gpt-neo"],
 )
 def test_rows_end_apart_whatever_the_cache_is(config, goes_on, bots: Bots, run_other, tmp_path):
-    """`reorder_cache` cuts a part of MiniMax's only, Mamba's cannot go on, GPT's is empty."""
+    """`reorder_cache` cuts a part of MiniMax's only, and GPT's is empty. Mamba reads everything
+    again on top of its own, and RecurrentGemma keeps its state elsewhere."""
     save(config, tmp_path)
     app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
