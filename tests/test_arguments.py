@@ -100,6 +100,12 @@ each_bot = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("module", [textbot, chatbot, batchbot, continuousbot])
+def test_an_app_answers_also_without_a_hub(run_other, module):
+    bot = run_other(module.app)
+    assert requests.head(bot.http).headers["X-Model"] == EMBEDDED
+
+
 @each_bot
 def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), max_new_tokens=3, num_cpus=0.5)))
