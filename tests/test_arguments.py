@@ -126,6 +126,14 @@ def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, 
 
 
 @each_bot
+def test_a_system_prompt_begins_every_conversation(run_other, model, module, arguments):
+    bot = run_other(module.build(arguments(model=str(model), system_prompt="!")))
+    # The model's reply depends on how many tokens there are: two of this are the system's.
+    caller = (ChatCaller if module is chatbot else HttpCaller)(bot, "x" * (len(EMOJI_PROMPT) - 2))
+    assert (caller.outcome(), caller.text) == ("finished", "Hello")
+
+
+@each_bot
 def test_a_bot_may_be_served_under_another_name(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), served_model_name="ours/größer")))
     assert requests.head(bot.http).headers["X-Model"] == "ours/gr%C3%B6%C3%9Fer"
