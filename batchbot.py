@@ -22,7 +22,7 @@ from serving.decoding import TokenDecoder
 from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics, Population
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
+from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelStalled, ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
 from serving.padding import can_cut_cache, check_padding
 from serving.prompts import ReplyOptions, TextRequest, read_request
@@ -33,6 +33,8 @@ from serving.streaming import Handover, pace
 logger = logging.getLogger("ray.serve")
 
 fastapi_app = FastAPI(title="Batchbot", **HTTP)
+
+SOON = 4096  # tokens of padding that a batch may have whatever its prompts are
 
 # Of one row: text, "" if there is none yet, an error that concerns it alone, or its end.
 Item = str | Exception | type[StopIteration]
@@ -75,6 +77,11 @@ class Row:
                 self.error = error
                 self.finished = self.cancelled = True
         return text
+
+
+def ends_of(rows: list[Row]) -> list[Item]:
+    """An item for each row: its end, if it has finished."""
+    return [(row.error or StopIteration) if row.finished else "" for row in rows]
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
@@ -235,33 +242,47 @@ class Batchbot:
             for part in self.split(rows):
                 streamer = RawStreamer(part, self.model.generation_config.eos_token_id or [])
                 self.model_thread.submit(streamer, self.generate_text, part)
-                async for items in self.consume_streamer(rows, streamer):
-                    yield items
+                try:
+                    async for items in self.consume_streamer(rows, streamer):
+                        yield items
+                except ModelStalled:
+                    raise
+                except Exception as error:  # concerns this part alone
+                    for row in part:
+                        if not row.finished:
+                            row.finished, row.error = True, error
+                    yield ends_of(rows)
         finally:
             self.model_is_free.set()
 
     def split(self, rows: list[Row]) -> list[list[Row]]:
-        """Parts of a batch, mostly one, of which prompts and replies fit the context together.
+        """Parts of a batch, mostly one, the shortest prompts first.
 
-        Padding makes the prompts of a part as long as its longest, and some models count it.
+        Padding makes the prompts of a part as long as its longest. With it they fit the context,
+        together with their replies, and it is a fifth of the whole at most, or soon computed.
         """
         parts: list[list[Row]] = []
         for row in rows:
             for part in parts:
                 together = [*part, row]
-                prompt = max(len(each.input_ids) for each in together)
-                if prompt + max(each.options.max_new_tokens for each in together) <= self.context:
+                prompts = [len(each.input_ids) for each in together]
+                reply = max(each.options.max_new_tokens for each in together)
+                padded, fits = len(together) * max(prompts), max(prompts) + reply <= self.context
+                if fits and padded - sum(prompts) <= max(SOON, padded // 5):
                     part.append(row)
                     break
             else:
                 parts.append([row])
-        return parts
+        return sorted(parts, key=lambda part: max(len(row.input_ids) for row in part))
 
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
         """Run the model, in its thread; when a row ends, go on without it."""
         # The mask that comes with the padding keeps the model from reading it as text.
         inputs = self.tokenizer.pad(
-            {"input_ids": [row.input_ids for row in rows]}, padding=True, return_tensors="pt"
+            {"input_ids": [row.input_ids for row in rows]},
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
         ).to(self.model.device)
         input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
         reused: dict[str, Any] = {}
@@ -297,7 +318,7 @@ class Batchbot:
             running = [row for row in rows if not row.finished]
             yield [row.add(steps, streamer.end_tokens) for row in rows]
             if any(row.finished for row in running):  # their responses close now
-                yield [(row.error or StopIteration) if row.finished else "" for row in rows]
+                yield ends_of(rows)
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""

@@ -108,7 +108,7 @@ def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: 
         first = f"{(row.first - row.asked) * 1000:.0f} ms" if row.first and row.asked else ""
         # As Text, so that nothing in it is taken for rich's markup.
         words = [Text(printable(part)) for part in (row.prompt, shown)]
-        table.add_row(*words, first, speed(row, count), Text(row.state))
+        table.add_row(*words, first, speed(row, count), Text(printable(row.state)))
     return table
 
 

@@ -27,7 +27,8 @@ CHALLENGE = {"WWW-Authenticate": "Bearer"}
 # By these headers Serve lets a client decide what is the operator's: whether an abandoned request
 # goes on, and with which requests it may share a batch. `_` and `-` are the same to it.
 STEERING = {"x-request-disconnect-disabled", "serve-multiplexed-model-id"}
-TIMEOUT = "x-request-timeout-seconds"  # may shorten the operator's, but 0 would lift it
+TIMEOUT = "x-request-timeout-seconds"  # a client may have its own, but 0 would be none
+MAX_PARAMETERS = 50  # of a query
 DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -44,7 +45,7 @@ def _check_host(host: str) -> str:
 
 def _check_origin(origin: str) -> str:
     origin = origin.lower()  # as browsers send it
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z\d+.-]*://[^/?#@\s]+", origin):
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin):
         raise ValueError(f"{origin!r} is no origin, such as https://chat.example.org, nor *")
     return origin
 
@@ -88,7 +89,7 @@ class Access(BaseModel, extra="forbid"):
 
     def guard(self, app: ASGIApp, key: bytes | None) -> ASGIApp:
         """The app behind all checks: host, origin, the key if there is one, headers."""
-        app = CheckHeaders(app)
+        app = CheckHead(app)
         app = RequireKey(app, key) if key else app
         # Inside the check of the origin, since CORS alone lets every request through: it only
         # keeps the page from reading the answer. Outside that of the key: a browser asks first
@@ -130,9 +131,11 @@ class CheckOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app, headers = self.app, Headers(scope=scope)
+        host = headers.get("host", "")
         for origin in headers.getlist("origin"):
-            if not self._is_allowed(origin, headers.get("host", "")):
+            if not self._is_allowed(origin, host):
                 app = JSONResponse({"detail": f"origin {origin} is not allowed"}, 403)
+                break
         await app(scope, receive, send)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
@@ -152,19 +155,29 @@ class CheckOrigin:
             return False
 
 
-class CheckHeaders:
-    """ASGI middleware: 400 for a header by which a client would steer Serve."""
+class CheckHead:
+    """ASGI middleware: 400 for a header by which a client would steer Serve, 422 for a query that
+    would take long to read.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        for name, value in Headers(scope=scope).items():
-            known = name.replace("_", "-")
-            if known in STEERING or (known == TIMEOUT and not _is_positive(value)):
-                app = JSONResponse({"detail": f"the header {name} is not a client's to set"}, 400)
+        if steering := next(filter(_steers, Headers(scope=scope).items()), None):
+            app = JSONResponse(
+                {"detail": f"the header {steering[0]} is not a client's to set"}, 400
+            )
+        elif scope["query_string"].count(b"&") >= MAX_PARAMETERS:
+            problem = {"type": "too_long", "loc": ["query"], "msg": "it has too many parameters"}
+            app = JSONResponse({"detail": [problem]}, 422)
         await app(scope, receive, send)
+
+
+def _steers(header: tuple[str, str]) -> bool:
+    name, value = header[0].replace("_", "-"), header[1]
+    return name in STEERING or (name == TIMEOUT and not _is_positive(value))
 
 
 def _is_positive(seconds: str) -> bool:

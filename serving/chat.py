@@ -82,6 +82,7 @@ class Chat:
     async def read_prompts(self) -> None:
         """Queue the client's prompts, in order, until it leaves."""
         while True:
+            await asyncio.sleep(0)  # others' turn, also while this client's frames keep coming
             try:
                 frame = await self.ws.receive()
             except TaskCancelledError:  # Serve cancels the reading of a client that has left

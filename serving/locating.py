@@ -39,7 +39,7 @@ class Source(NamedTuple):
         """What clients are told: of a folder the last part, for where it is concerns nobody."""
         if self.name == EMBEDDED or not Path(self.place).is_dir():
             return self.name
-        return ":".join([Path(self.place).name, *self.options.get("gguf_file", "").split()])
+        return ":".join([Path(self.place).name, *self.options.values()])
 
     @property
     def is_remote(self) -> bool:
@@ -67,8 +67,12 @@ def locate(name: str) -> Source:
         raise source.problem("a GGUF file needs the folder or hub id that holds it before a colon")
     if name == EMBEDDED:
         return Source(name, str(EMBEDDED_FOLDER), options)
-    folder = Path(place).expanduser().resolve()
-    if folder.is_dir():
+    try:
+        folder = Path(place).expanduser().resolve()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user who does not exist
+        raise source.problem("neither a folder nor a hub id", error) from None
+    if is_folder:
         if not any((folder / file).is_file() for file in weights):
             raise source.problem(f"the folder {folder} has no {' or '.join(weights)}")
         return Source(f"{folder}:{gguf_file}" if gguf_file else str(folder), str(folder), options)

@@ -94,7 +94,7 @@ class CountOutcomes:
         outcome = "cancelled"  # unless it goes well, or wrong
         try:
             await self.app(scope, receive, send_watched)
-            if 400 <= status < 500:
+            if 300 <= status < 500:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"

@@ -94,6 +94,7 @@ PROMPT_ROUTE: dict[str, Any] = {
         },
         401: _error("The key is missing or wrong", TEXT),
         403: _error("Web pages of this origin may not ask", TEXT),
+        408: _error("The body did not come in time", TEXT),
         413: _error("The prompt or the body is too long", TEXT),
         422: _error("A parameter is missing or wrong", PROBLEMS),
         500: _error("The reply failed before its first text", TEXT),

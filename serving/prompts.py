@@ -1,5 +1,6 @@
 """What a caller asks for: a prompt and its options, from the query or a JSON body, checked."""
 
+import asyncio
 import json
 import re
 from typing import Annotated, Any, TypeVar
@@ -20,6 +21,7 @@ from serving.sampling import Sampler
 MAX_BYTES_OUTSIDE_STRINGS = 4096
 STRING = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
 ESCAPED = 3  # times as long is text of which each character is written as \uXXXX
+BODY_TIMEOUT_S = 30.0  # a client that sends half a body would keep its place among the requests
 MAX_PROBLEMS = 5  # that an answer tells
 MAX_NAME = 100  # characters of a parameter's name in it
 
@@ -125,15 +127,25 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
     return fields
 
 
+class BodyTimeout(Exception):
+    """A body that does not come."""
+
+
 async def read_body(request: Request) -> bytes:
-    """The request's body. Raises PromptTooLong if no prompt that fits can need so much."""
+    """The request's body. Raises PromptTooLong if no prompt that fits can need so much, and
+    BodyTimeout if it is not there in time.
+    """
     longest = serve.get_replica_context().servable_object.max_prompt_tokens
     allowed = ESCAPED * bytes_allowed(longest) + MAX_BYTES_OUTSIDE_STRINGS
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > allowed:
-            raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > allowed:
+                    raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
+    except TimeoutError:
+        raise BodyTimeout(f"the body was not there after {BODY_TIMEOUT_S:.0f} s") from None
     return bytes(body)
 
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.access import GuardAccess
 from serving.encoding import NoToken, PromptTooLong, UnknownToken
 from serving.metrics import CountOutcomes
+from serving.prompts import BodyTimeout
 
 
 class TextStream(StreamingResponse):
@@ -119,6 +120,10 @@ async def too_long(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=413)
 
 
+async def too_slow(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=408, headers={"Connection": "close"})
+
+
 async def unreadable(request: Request, error: Exception) -> JSONResponse:
     kind = "no_token" if isinstance(error, NoToken) else "unknown_token"
     detail = [{"type": kind, "loc": ["body", "prompt"], "msg": str(error)}]
@@ -158,6 +163,7 @@ HTTP: dict[str, Any] = {
     ],
     "exception_handlers": {
         PromptTooLong: too_long,
+        BodyTimeout: too_slow,
         NoToken: unreadable,
         UnknownToken: unreadable,
         WebSocketRequestValidationError: refuse_handshake,

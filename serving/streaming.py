@@ -162,6 +162,6 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
 
     def cancel(self) -> None:
         """Stop `generate` at its next token, or before its first; what is read ends here."""
-        if not self.finished:
+        if not self.finished and not self.cancelled:
             self.cancelled = True
             self.text.end()

@@ -26,6 +26,7 @@ def answer(
     kind: str = "http",
     subprotocols: tuple[str, ...] = (),
     method: str = "POST",
+    query: str = "",
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the guarded bot's answer."""
     sent: list[Message] = []
@@ -33,7 +34,7 @@ def answer(
         "type": kind,
         "method": method,
         "path": "/",
-        "query_string": b"",
+        "query_string": query.encode(),
         "headers": [
             (name.lower().encode(), value.encode("utf-8" if name == "Authorization" else "latin-1"))
             for name, value in ({"Host": HOST} | headers).items()
@@ -162,6 +163,14 @@ def test_a_client_does_not_decide_what_is_the_operators(kind, name, value, statu
     assert status == 200 or name.lower() in body.decode()
 
 
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_a_query_has_no_more_parameters_than_are_soon_read(kind):
+    assert answer(Access(), {}, kind, query="&".join(["stop=a"] * 50))[0] == 200
+    status, _, body = answer(Access(), {}, kind, query="&".join(["stop=a"] * 51))
+    assert status == 422
+    assert b"too many parameters" in body
+
+
 def in_base64(key: str) -> str:
     return "bearer." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
 
@@ -248,6 +257,7 @@ def test_the_key_stays_in_its_file_until_a_replica_reads_it(tmp_path, monkeypatc
         {"allowed_origins": "chat.example.org"},
         {"allowed_origins": "https://chat.example.org/"},
         {"allowed_origins": ["null"]},
+        {"allowed_origins": ["https://*.example.org"]},
     ],
 )
 def test_what_is_no_host_or_origin_is_named(wrong):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -323,6 +324,37 @@ def test_a_long_prompt_beside_it_takes_no_room_from_a_reply(run_other, tmp_path)
     assert replies == [
         reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
     ]
+
+
+def rows_of(*lengths: int) -> list[Row]:
+    """Rows of prompts with so many tokens, whose replies may have ten."""
+    options = ReplyOptions.model_construct(max_new_tokens=10)
+    return [Row([0] * length, options, None, None) for length in lengths]
+
+
+def test_prompts_that_would_mostly_be_padding_run_apart_the_shortest_first():
+    def lengths(context: int, *prompts: int) -> list[list[int]]:
+        parts = Batchbot.func_or_class.split(SimpleNamespace(context=context), rows_of(*prompts))
+        return [[len(row.input_ids) for row in part] for part in parts]
+
+    assert lengths(512, 5, 400, 30) == [[5, 400, 30]]
+    assert lengths(32_000, 30_000, *[5] * 15) == [[5] * 15, [30_000]]
+    assert lengths(32_000, 30_000, 20_000) == [[30_000, 20_000]]
+
+
+def test_a_part_of_a_batch_that_fails_fails_no_other(bots: Bots, run_other, tmp_path):
+    save(GPT_NEO, tmp_path)
+    app = Batchbot.options(user_config={"max_batch_size": 2, "batch_wait_timeout_s": 60})
+    bot = run_other(app.bind(str(tmp_path)))
+
+    def fail_for_long(model, arguments, options) -> None:
+        if options["input_ids"].shape[1] > 50:
+            raise MemoryError
+
+    model = bots.local.replicas["/other"].servable_object.model
+    model.register_forward_pre_hook(fail_for_long, with_kwargs=True)
+    callers = [HttpCaller(bot, "x" * 59, 4), HttpCaller(bot, "Hey!", 32)]
+    assert [caller.outcome() for caller in callers] == ["failed", "finished"]
 
 
 @pytest.mark.parametrize("config", [RWKV, BART], ids=lambda each: each.model_type)

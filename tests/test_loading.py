@@ -112,6 +112,12 @@ def test_padding_is_always_a_token_that_the_model_knows(copy_of_model):
     assert loaded.model.generation_config.pad_token_id == 0
 
 
+@pytest.mark.parametrize("name", ["~nobody9/model", "x" * 300])
+def test_a_name_that_can_be_no_folder_is_refused_in_a_line(name):
+    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
+        check_model(name)
+
+
 def test_an_index_without_its_shards_is_not_taken_for_a_cached_model(tmp_path, monkeypatch, no_hub):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / f"models--{NAME.replace('/', '--')}"

@@ -1,6 +1,8 @@
 """`POST /` of the bots that have it: what they take, refuse and fail at, and how they say so."""
 
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -8,6 +10,7 @@ from bot_fixtures import (
     ALLOWED_ORIGIN,
     EMOJI_PROMPT,
     EMOJI_REPLY,
+    HANG_S,
     MAX_NEW_TOKENS,
     WITH_KEY,
     Bot,
@@ -20,6 +23,7 @@ from stepped_bots import DECODE_ERROR, ENCODE_ERROR
 
 from batchbot import Batchbot
 from continuousbot import Continuousbot
+from serving import prompts
 from textbot import Textbot
 
 STORY = "Tell me a story about dogs."
@@ -68,6 +72,19 @@ def test_bad_parameters_are_a_422_that_names_the_field(bot, query, field):
         assert response.status_code == 422
         assert response.json()["detail"][0]["loc"] == [place, field]
         assert response.headers["X-Model"] == "tiny-dialog"
+
+
+def test_a_body_that_does_not_come_is_a_408(bot, monkeypatch):
+    monkeypatch.setattr(prompts, "BODY_TIMEOUT_S", 0.2)
+    url = urlsplit(bot.http)
+    connection = HTTPConnection(url.hostname, url.port, timeout=HANG_S)
+    connection.putrequest("POST", url.path)
+    connection.putheader("Content-Length", "10")
+    connection.endheaders(b"{")
+    response = connection.getresponse()
+    assert response.status == 408
+    assert b"was not there after" in response.read()
+    connection.close()
 
 
 def test_the_body_goes_before_the_query(bot, loaded):

@@ -97,6 +97,16 @@ def test_what_is_there_when_the_reader_comes_travels_together_and_the_end_alone(
     assert asyncio.run(read()) == [[1, 2]]
 
 
+def test_a_reply_is_cancelled_once_however_often_it_is_said(emoji):
+    async def cancel() -> None:
+        streamer = ReplyStreamer(emoji.tokenizer)
+        for _ in range(3):
+            streamer.cancel()
+        assert len(streamer.text.items) == 1
+
+    asyncio.run(cancel())
+
+
 def test_what_came_before_a_failure_is_read_before_it():
     async def read() -> None:
         numbers: Handover[int] = Handover()
