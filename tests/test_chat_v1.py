@@ -130,7 +130,7 @@ def test_stop_also_ends_what_waits_and_nothing_that_comes_later(chatbot, loaded)
         assert (message["finish_reason"], message["tokens"]) == ("length", 2)
 
 
-def test_who_waits_for_others_is_told_how_many(chatbot):
+def test_who_waits_for_others_is_told_how_many(chatbot, loaded):
     chatbot.gate.hold_after(0)
     with chat(chatbot) as one, chat(chatbot) as two, chat(chatbot) as three:
         one.prompt(HELLO)
@@ -144,6 +144,8 @@ def test_who_waits_for_others_is_told_how_many(chatbot):
         chatbot.gate.release()
         for client in (one, three):
             assert client.answer()[1]["finish_reason"] == "stop"
+        # What never began is not remembered.
+        assert two.ask(HELLO)[0] == reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS)
 
 
 @pytest.mark.parametrize(
