@@ -74,14 +74,31 @@ class Row:
                 self.finished = self.ends(token, len(self.token_times), end_tokens)
                 text += self.decoder.flush() if self.finished else ""
             except Exception as error:
-                self.error = error
-                self.finished = self.cancelled = True
+                self.fail(error)
         return text
+
+    def fail(self, error: Exception) -> None:
+        """End the reply, here and in the model."""
+        self.error = error
+        self.finished = self.cancelled = True
 
 
 def ends_of(rows: list[Row]) -> list[Item]:
     """An item for each row: its end, if it has finished."""
     return [(row.error or StopIteration) if row.finished else "" for row in rows]
+
+
+def suit(rows: list[Row], context: int) -> bool:
+    """Whether rows may run together: padding makes their prompts as long as the longest.
+
+    With it they must fit the context, together with their replies, and it must be a fifth of the
+    whole at most, or soon computed.
+    """
+    prompts = [len(row.input_ids) for row in rows]
+    reply = max(row.options.max_new_tokens for row in rows)
+    padded = len(rows) * max(prompts)
+    fits = max(prompts) + reply <= context
+    return fits and padded - sum(prompts) <= max(SOON, padded // 5)
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
@@ -250,29 +267,20 @@ class Batchbot:
                 except Exception as error:  # concerns this part alone
                     for row in part:
                         if not row.finished:
-                            row.finished, row.error = True, error
+                            row.fail(error)
                     yield ends_of(rows)
         finally:
             self.model_is_free.set()
 
     def split(self, rows: list[Row]) -> list[list[Row]]:
-        """Parts of a batch, mostly one, the shortest prompts first.
-
-        Padding makes the prompts of a part as long as its longest. With it they fit the context,
-        together with their replies, and it is a fifth of the whole at most, or soon computed.
-        """
+        """Parts of a batch, mostly one, of rows that suit each other; short prompts first."""
         parts: list[list[Row]] = []
         for row in rows:
-            for part in parts:
-                together = [*part, row]
-                prompts = [len(each.input_ids) for each in together]
-                reply = max(each.options.max_new_tokens for each in together)
-                padded, fits = len(together) * max(prompts), max(prompts) + reply <= self.context
-                if fits and padded - sum(prompts) <= max(SOON, padded // 5):
-                    part.append(row)
-                    break
-            else:
+            part = next((part for part in parts if suit([*part, row], self.context)), None)
+            if part is None:
                 parts.append([row])
+            else:
+                part.append(row)
         return sorted(parts, key=lambda part: max(len(row.input_ids) for row in part))
 
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:

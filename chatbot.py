@@ -65,8 +65,7 @@ class Chatbot:
         name, self.model, self.tokenizer, context = load_model(model, dtype, fallback, device)
         self.model_name = served_model_name or name
         self.max_new_tokens = reply_limit(max_new_tokens, context)
-        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, context)
-        room = min(context - self.max_new_tokens, self.max_prompt_tokens)
+        room = min(context - self.max_new_tokens, prompt_limit(max_prompt_tokens, context))
         self.limits = Limits(room, self.max_new_tokens)
         self.system_prompt = system_prompt
         self.end_of_response = end_of_response

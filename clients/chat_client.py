@@ -93,7 +93,7 @@ def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
             )
 
         def begin_again() -> ClientConnection:
-            wait_until_ready(options)  # perhaps it was the only replica
+            wait_until_ready(options, headers)  # perhaps it was the only replica
             print("(connected again: a new conversation)", file=sys.stderr)
             return begin()
 
@@ -120,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     headers = authorization(options)
     try:
-        model = wait_until_ready(options)
+        model = wait_until_ready(options, headers)
         if is_typed():
             print(f"{model or options.url}. {HELP}", file=sys.stderr)
         sys.exit(not chat(options, headers))

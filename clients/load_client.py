@@ -137,7 +137,7 @@ def main() -> None:
     rows = [Row(prompt) for prompt in islice(cycle(prompts), options.number or len(prompts))]
     headers = authorization(options)
     try:
-        model = wait_until_ready(options)
+        model = wait_until_ready(options, headers)
         watch(rows, options, headers, model)
     except KeyboardInterrupt:
         print()

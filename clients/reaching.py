@@ -36,7 +36,7 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def wait_until_ready(options: argparse.Namespace) -> str:
+def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> str:
     """Wait until a bot answers, saying so, for at most `--wait`; return its model's name, if known.
 
     Whether something answers in the end is left to the caller's own request to find out.
@@ -44,7 +44,6 @@ def wait_until_ready(options: argparse.Namespace) -> str:
     url = options.url.replace("ws", "http", 1) if options.url.startswith("ws") else options.url
     deadline = time.monotonic() + options.wait
     said = False
-    headers = authorization(options)
     while (response := probe(url, headers)) is None and time.monotonic() < deadline:
         if not said:
             print(

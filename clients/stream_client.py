@@ -39,7 +39,7 @@ def main() -> None:
         body["max_new_tokens"] = options.max_new_tokens
     headers = authorization(options)
     try:
-        wait_until_ready(options)
+        wait_until_ready(options, headers)
         for text in ask(options.url, body, headers):
             show(text)
         print()

@@ -106,12 +106,7 @@ def reply_limit(max_new_tokens: int | None, context: int) -> int:
     """
     if max_new_tokens is None:
         return min(256, context // 2)
-    if not 0 < max_new_tokens < context:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}: from 1 to {context - 1} are possible, since "
-            f"prompt and reply share the model's context of {context} tokens"
-        )
-    return max_new_tokens
+    return check_limit("max_new_tokens", max_new_tokens, context)
 
 
 def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
@@ -121,9 +116,14 @@ def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
     """
     if max_prompt_tokens is None:
         return context - 1
-    if not 0 < max_prompt_tokens < context:
+    return check_limit("max_prompt_tokens", max_prompt_tokens, context)
+
+
+def check_limit(name: str, tokens: int, context: int) -> int:
+    """The tokens of a limit. Raises ValueError if prompt and reply cannot both have one then."""
+    if not 0 < tokens < context:
         raise ValueError(
-            f"max_prompt_tokens is {max_prompt_tokens}: from 1 to {context - 1} are possible, "
-            f"since prompt and reply share the model's context of {context} tokens"
+            f"{name} is {tokens}: from 1 to {context - 1} are possible, since prompt and reply "
+            f"share the model's context of {context} tokens"
         )
-    return max_prompt_tokens
+    return tokens

@@ -12,6 +12,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)  # raised by `receive` then
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
 
@@ -98,7 +99,7 @@ class CountOutcomes:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"
-        except (ClientDisconnect, TaskCancelledError):  # `receive` raises when the client has left
+        except CLIENT_LEFT:
             raise
         except Exception:
             outcome = "failed"

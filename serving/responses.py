@@ -9,15 +9,13 @@ from fastapi import Request, WebSocket
 from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
-from ray.exceptions import TaskCancelledError
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import GuardAccess
 from serving.encoding import NoToken, PromptTooLong, UnknownToken
-from serving.metrics import CountOutcomes
+from serving.metrics import CLIENT_LEFT, CountOutcomes
 from serving.prompts import BodyTimeout
 
 
@@ -107,7 +105,7 @@ class AnswerFailures:
 
         try:
             await self.app(scope, receive, send_watched)
-        except (ClientDisconnect, TaskCancelledError):
+        except CLIENT_LEFT:
             raise
         except Exception as error:
             if scope["type"] == "http" and not started:

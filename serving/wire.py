@@ -25,7 +25,7 @@ from starlette.types import Message
 
 from serving.encoding import NoToken, PromptTooLong, UnknownToken, check_size
 from serving.model_thread import TooManyWaiting
-from serving.prompts import ReplyOptions, TextRequest, parse_object, shorten
+from serving.prompts import ReplyOptions, TextRequest, describe_problems, parse_object
 from serving.streaming import ReplyStreamer
 
 CHAT_V1 = "chat.v1"
@@ -172,8 +172,8 @@ class JsonWire:
                 {**self.options, **message}, context={"limit": self.limits.max_new_tokens}
             )
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(str(shorten(part)) for part in problem["loc"])
+            problem = describe_problems(error, "message")[0]
+            field = ".".join(str(part) for part in problem["loc"][1:])
             raise BadFrame(f"{field}: {problem['msg']}") from None
 
     async def send_waiting(self, ahead: int) -> None:

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 EOS = "<|endoftext|>"
 
@@ -55,5 +61,18 @@ def save_scripted_model(folder: Path, prompt_length: int, reply: str, context: i
         model.lm_head.weight.zero_()
         for position, token in enumerate(script):
             model.lm_head.weight[token, position] = 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_random_model(config: PreTrainedConfig, folder: Path, context: int = 128) -> None:
+    """Save a model of this configuration, with random weights, and a tokenizer for it."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer(context)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # as large that what was read before decides what is written
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,10 +3,11 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import requests
-from bot_fixtures import EMOJI_PROMPT, HANG_S
+from bot_fixtures import EMOJI_PROMPT, HANG_S, Bot
 from callers import ChatCaller, HttpCaller
 from huggingface_hub import constants
 from pydantic import ValidationError
@@ -100,6 +101,10 @@ each_bot = pytest.mark.parametrize(
 )
 
 
+def call(module: ModuleType, bot: Bot, prompt: str) -> ChatCaller | HttpCaller:
+    return (ChatCaller if module is chatbot else HttpCaller)(bot, prompt)
+
+
 @pytest.mark.parametrize("module", [textbot, chatbot, batchbot, continuousbot])
 def test_an_app_answers_also_without_a_hub(run_other, module):
     bot = run_other(module.app)
@@ -110,7 +115,7 @@ def test_an_app_answers_also_without_a_hub(run_other, module):
 def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), max_new_tokens=3, num_cpus=0.5)))
     prompt = "x" * len(EMOJI_PROMPT)
-    caller = (ChatCaller if module is chatbot else HttpCaller)(bot, prompt)
+    caller = call(module, bot, prompt)
     assert caller.outcome() == "finished"
     assert caller.text == "Hel"
     assert requests.head(bot.http).headers["X-Model"] == model.name
@@ -120,8 +125,7 @@ def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
 def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, module, arguments):
     tokens = len(EMOJI_PROMPT) + 1  # one for each letter, and the end of the turn
     bot = run_other(module.build(arguments(model=str(model), max_prompt_tokens=tokens)))
-    call = ChatCaller if module is chatbot else HttpCaller
-    outcomes = [call(bot, "x" * length).outcome() for length in (tokens - 1, tokens)]
+    outcomes = [call(module, bot, "x" * length).outcome() for length in (tokens - 1, tokens)]
     assert outcomes == ["finished", "refused"]
 
 
@@ -129,7 +133,7 @@ def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, 
 def test_a_system_prompt_begins_every_conversation(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), system_prompt="!")))
     # The model's reply depends on how many tokens there are: two of this are the system's.
-    caller = (ChatCaller if module is chatbot else HttpCaller)(bot, "x" * (len(EMOJI_PROMPT) - 2))
+    caller = call(module, bot, "x" * (len(EMOJI_PROMPT) - 2))
     assert (caller.outcome(), caller.text) == ("finished", "Hello")
 
 

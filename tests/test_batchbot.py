@@ -25,9 +25,9 @@ from bot_fixtures import (
 )
 from callers import HttpCaller
 from ray import serve
-from scripted_model import byte_tokenizer
+from ray.serve import Application
+from scripted_model import save_random_model
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     GPTNeoConfig,
     MambaConfig,
@@ -248,17 +248,23 @@ RWKV = RwkvConfig(hidden_size=32, num_hidden_layers=2, context_length=128)  # ig
 BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2)  # counts padding, too
 
 
-def save(config: PreTrainedConfig, folder: Path) -> None:
-    """A model of this configuration, with random weights, and a tokenizer for it."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer(128)
-    config.vocab_size = len(tokenizer)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(3)  # as large that what was read before decides what is written
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def batchbot_of(config: PreTrainedConfig, folder: Path, size: int) -> Application:
+    """A Batchbot with such a model, whose batches begin when so many prompts are there."""
+    save_random_model(config, folder)
+    settings = {"max_batch_size": size, "batch_wait_timeout_s": 60}
+    return Batchbot.options(user_config=settings).bind(str(folder))
+
+
+def replies_together(bot: Bot, prompts: list[str], lengths: list[int]) -> list[str]:
+    with ThreadPoolExecutor(len(prompts)) as callers:
+        return list(callers.map(partial(http_reply, bot), prompts, lengths))
+
+
+def replies_alone(folder: Path, prompts: list[str], lengths: list[int]) -> list[str]:
+    model = load_model(str(folder))
+    return [
+        reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
+    ]
 
 
 def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loaded):
@@ -293,37 +299,24 @@ def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loa
 def test_rows_end_apart_whatever_the_cache_is(config, goes_on, bots: Bots, run_other, tmp_path):
     """`reorder_cache` cuts a part of MiniMax's only, and GPT's is empty. Mamba reads everything
     again on top of its own, and RecurrentGemma keeps its state elsewhere."""
-    save(config, tmp_path)
-    app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
-    bot = run_other(app.bind(str(tmp_path)))
+    bot = run_other(batchbot_of(config, tmp_path, 3))
     read: list[int] = []  # tokens in each step
     bots.local.replicas["/other"].servable_object.model.register_forward_pre_hook(
         lambda model, arguments, options: read.append(options["input_ids"].numel()),
         with_kwargs=True,
     )
-    with ThreadPoolExecutor(3) as callers:
-        replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
+    replies = replies_together(bot, prompts, lengths)
     assert len(set(map(len, replies))) > 1  # they did not end together
     assert (max(read[1:]) <= len(prompts)) == goes_on  # with the cache as it was
-    model = load_model(str(tmp_path))
-    assert replies == [
-        reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
-    ]
+    assert replies == replies_alone(tmp_path, prompts, lengths)
 
 
 def test_a_long_prompt_beside_it_takes_no_room_from_a_reply(run_other, tmp_path):
     """GPT-Neo has no place beyond its context, also where that begins with padding."""
-    save(GPT_NEO, tmp_path)
-    app = Batchbot.options(user_config={"max_batch_size": 3, "batch_wait_timeout_s": 60})
     prompts, lengths = ["x" * 59, "Hey!", "Hi!"], [4, 32, 4]
-    bot = run_other(app.bind(str(tmp_path)))
-    with ThreadPoolExecutor(3) as callers:
-        replies = list(callers.map(partial(http_reply, bot), prompts, lengths))
-    model = load_model(str(tmp_path))
-    assert replies == [
-        reference(model, [prompt], length) for prompt, length in zip(prompts, lengths, strict=True)
-    ]
+    replies = replies_together(run_other(batchbot_of(GPT_NEO, tmp_path, 3)), prompts, lengths)
+    assert replies == replies_alone(tmp_path, prompts, lengths)
 
 
 def rows_of(*lengths: int) -> list[Row]:
@@ -343,9 +336,7 @@ def test_prompts_that_would_mostly_be_padding_run_apart_the_shortest_first():
 
 
 def test_a_part_of_a_batch_that_fails_fails_no_other(bots: Bots, run_other, tmp_path):
-    save(GPT_NEO, tmp_path)
-    app = Batchbot.options(user_config={"max_batch_size": 2, "batch_wait_timeout_s": 60})
-    bot = run_other(app.bind(str(tmp_path)))
+    bot = run_other(batchbot_of(GPT_NEO, tmp_path, 2))
 
     def fail_for_long(model, arguments, options) -> None:
         if options["input_ids"].shape[1] > 50:
@@ -360,7 +351,7 @@ def test_a_part_of_a_batch_that_fails_fails_no_other(bots: Bots, run_other, tmp_
 @pytest.mark.parametrize("config", [RWKV, BART], ids=lambda each: each.model_type)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_reads_padding_is_known_by_its_logits(config, dtype, tmp_path):
-    save(config, tmp_path)
+    save_random_model(config, tmp_path)
     with pytest.raises(ValueError, match=f"cannot batch {config.model_type}: it reads the padding"):
         check_padding(load_model(str(tmp_path), dtype).model)
 
@@ -386,14 +377,14 @@ def test_rounding_is_not_taken_for_padding_that_is_read():
 
 
 def test_a_bot_with_a_model_that_reads_padding_does_not_start(run_other, tmp_path):
-    save(RWKV, tmp_path)
+    save_random_model(RWKV, tmp_path)
     with pytest.raises(ValueError, match="it reads the padding"):
         run_other(Batchbot.bind(str(tmp_path)))
 
 
 @pytest.mark.exhaustive
 def test_serve_says_why_a_bot_does_not_start(port, tmp_path):
-    save(RWKV, tmp_path)
+    save_random_model(RWKV, tmp_path)
     try:
         with pytest.raises(RuntimeError):
             serve.run(Batchbot.bind(str(tmp_path)), name="other", route_prefix="/other")

@@ -16,10 +16,10 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from scripted_model import byte_tokenizer
+from scripted_model import save_random_model
 from test_encoding import assistant, user
 from test_properties import json_texts, texts
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import BloomConfig
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -61,10 +61,9 @@ def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, na
 @pytest.fixture(scope="module")
 def roomy(bots: Bots, tmp_path_factory: pytest.TempPathFactory) -> Bot:
     """A bot that takes the longest of prompts."""
-    folder, tokenizer = tmp_path_factory.mktemp("roomy"), byte_tokenizer(20_000)
-    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=8, n_layer=1, n_head=1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("roomy")
+    config = BloomConfig(hidden_size=8, n_layer=1, n_head=1)
+    save_random_model(config, folder, context=20_000)
     return bots.run(Textbot.bind(str(folder), max_new_tokens=5), "roomy", None)
 
 

@@ -95,7 +95,7 @@ def test_the_body_goes_before_the_query(bot, loaded):
 
 @pytest.mark.parametrize(
     "body",
-    [b"Hi!", b'"Hi!"', b"[]", b"[" * 4000, b"[" * 10_000, b'{"prompt": "\\ud800"}', b"\xff"],
+    [b"Hi!", b'"Hi!"', b"[]", b"[" * 4000, b"[" * 100_000, b'{"prompt": "\\ud800"}', b"\xff"],
 )
 def test_a_body_that_is_no_json_object_is_a_422(bot, body):
     response = requests.post(bot.http, data=body)
