@@ -20,7 +20,7 @@ from serving.access import Access
 from serving.arguments import BatchbotArguments, BatchSettings
 from serving.decoding import TokenDecoder
 from serving.encoding import begin, encode, prompt_limit, reply_limit
-from serving.loading import load_model
+from serving.loading import batch_context, load_model
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelStalled, ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
@@ -182,8 +182,10 @@ class Batchbot:
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
         fallback: str | None = None,
         device: str = "cpu",
+        batch_arguments: dict[str, Any] | None = None,
     ) -> None:
-        name, self.model, self.tokenizer, self.context = load_model(model, dtype, fallback, device)
+        name, self.model, self.tokenizer, context = load_model(model, dtype, fallback, device)
+        self.context = batch_context(self.model, context)
         self.model_name = served_model_name or name
         self.max_new_tokens = reply_limit(max_new_tokens, self.context)
         self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.context)
@@ -204,6 +206,7 @@ class Batchbot:
         self.batch = Population(self.metrics.batch_rows)
         self.model_thread = ModelThread(stall_timeout_s)
         watch_layers(self.model, self.model_thread.note_progress)
+        self.batch_arguments = batch_arguments or {}
         self.configured = False
         logger.info(f"{self.model_name} is ready")
 
@@ -217,6 +220,9 @@ class Batchbot:
             # Serve would stop the replica, and those that it starts instead would fail likewise.
             logger.error(f"the batches stay as they are: {error}")
             return
+        for name, value in self.batch_arguments.items():
+            if value != (counts := getattr(settings, name)):
+                logger.warning(f"{name} is {counts}, from user_config, and not {value}, from args")
         self.configured = True
         self.run_model.set_max_batch_size(settings.max_batch_size)
         self.run_model.set_batch_wait_timeout_s(settings.batch_wait_timeout_s)

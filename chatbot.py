@@ -96,7 +96,7 @@ class Chatbot:
         ends = self.model.generation_config.eos_token_id or []
         wire = choose_wire(ws, self.limits, options, self.end_of_response, ends)
         new_streamer = partial(ReplyStreamer, self.tokenizer)
-        chat = Chat(wire, new_streamer, self.metrics, self.drain.begun)
+        chat = Chat(wire, new_streamer, self.model_thread.cancel, self.metrics, self.drain.begun)
         if not self.free_places:
             await chat.refuse("too many chats are open")
             return
@@ -114,11 +114,12 @@ class Chatbot:
             async with chat.answer(prompt):
                 turns = [*conversation, {"role": "user", "content": prompt.request.prompt}]
                 input_ids = await asyncio.to_thread(encode, turns, self.tokenizer, self.limits.room)
-                ahead = self.model_thread.submit(
+                self.model_thread.submit(
                     prompt.streamer, self.generate_text, input_ids, prompt.request
                 )
-                if ahead:
-                    await chat.wire.send_waiting(ahead)
+                async with aclosing(self.model_thread.line(prompt.streamer)) as line:
+                    async for ahead in line:
+                        await chat.wire.send_waiting(ahead)
                 response = ""
                 async with aclosing(self.consume_streamer(prompt.streamer)) as chunks:
                     async for text in chunks:
@@ -126,6 +127,7 @@ class Chatbot:
                         await chat.wire.send_text(text)
                 if response or not prompt.streamer.cancelled:  # else it never began
                     conversation = [*turns, {"role": "assistant", "content": response}]
+                    chat.remember(len(conversation) - len(begin(self.system_prompt)))
 
     def generate_text(
         self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
@@ -146,7 +148,7 @@ class Chatbot:
             async for text in streamer:
                 yield text
         finally:
-            streamer.cancel()
+            self.model_thread.cancel(streamer)
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
     def record_autoscaling_stats(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from serving.access import Access
 from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE, ContinuousbotArguments
 from serving.continuous import ContinuousBatch
 from serving.encoding import PromptTooLong, begin, encode, prompt_limit, reply_limit
-from serving.loading import load_model
+from serving.loading import batch_context, load_model
 from serving.metrics import BotMetrics
 from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
 from serving.openapi import PROMPT_ROUTE
@@ -58,7 +58,12 @@ class Continuousbot:
         self.model_name = served_model_name or name
         self.metrics = BotMetrics()
         self.batch = ContinuousBatch(
-            self.model, context, max_batch_size, cache_tokens, stall_timeout_s, self.metrics
+            self.model,
+            batch_context(self.model, context),
+            max_batch_size,
+            cache_tokens,
+            stall_timeout_s,
+            self.metrics,
         )
         self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)
         self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.batch.context)

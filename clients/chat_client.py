@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
+from typing import Any
 
 from reaching import add_options, authorization, printable, show, wait_until_ready
 from terminal import HELP, is_typed, on_ctrl_c, prompts
@@ -33,26 +34,27 @@ def ask(
     websocket: ClientConnection,
     prompt: str,
     marker: str,
-    tell_ahead: Callable[[int], object] = lambda ahead: None,
+    tell: Callable[[dict[str, Any]], object] = lambda message: None,
 ) -> Iterator[str]:
-    """Send a prompt, and yield its reply piece by piece; tell how many come first, if any."""
+    """Send a prompt, and yield its reply piece by piece; tell what chat.v1 says beside it."""
     if websocket.subprotocol != CHAT_V1:  # the plain form: text, then the marker
         websocket.send(prompt)
         while (text := websocket.recv(decode=True)) != marker:
             yield text
         return
     websocket.send(json.dumps({"type": "prompt", "prompt": prompt}))
-    while (message := json.loads(websocket.recv()))["type"] != "done":
+    message = {"type": "prompt"}
+    while message["type"] != "done":
+        message = json.loads(websocket.recv())
         if message["type"] == "error":
             raise ReplyError(message["detail"])
-        if message["type"] == "waiting":
-            tell_ahead(message["ahead"])
+        tell(message)
         yield message.get("text", "")
 
 
 def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
     """Print it as it comes; return whether it came. Raises NotAnswered if nothing did."""
-    ending, shown = "", False
+    ending, shown, dropped = "", False, 0
 
     def stop() -> None:
         nonlocal ending
@@ -60,12 +62,20 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
         with suppress(WebSocketException):  # who reads the reply learns of it, too
             websocket.send(STOP)
 
+    def tell(message: dict[str, Any]) -> None:
+        nonlocal dropped
+        dropped = message.get("dropped", 0)
+        if message.get("ahead") and is_typed():
+            print(f"({message['ahead']} ahead)", file=sys.stderr)
+
     with on_ctrl_c(stop) if websocket.subprotocol and is_typed() else nullcontext():
         try:
-            for text in ask(websocket, prompt, marker, print_ahead) if prompt.strip() else ():
+            for text in ask(websocket, prompt, marker, tell) if prompt.strip() else ():
                 show(text)
                 shown = shown or bool(text)
             print(ending, flush=True)
+            if dropped and is_typed():
+                print(f"(the first {dropped} messages are forgotten)", file=sys.stderr)
             return True
         except ReplyError as error:
             print(flush=True)
@@ -75,11 +85,6 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
             if shown or closed.rcvd is None or closed.rcvd.code != RESTARTING:
                 raise
             raise NotAnswered from closed
-
-
-def print_ahead(ahead: int) -> None:
-    if is_typed():
-        print(f"({ahead} ahead)", file=sys.stderr)
 
 
 def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:

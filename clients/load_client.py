@@ -5,6 +5,7 @@ python clients/load_client.py --url ws://localhost:8000/ "Hello!" "Tell me a jok
 """
 
 import argparse
+import math
 import sys
 import threading
 import time
@@ -133,6 +134,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
+    if options.number is not None and options.number < 1:
+        sys.exit("--number must be 1 or more")
+    if not 0 <= options.apart < math.inf:
+        sys.exit("--apart must be 0 seconds or more")
     prompts = options.prompts or PROMPTS
     rows = [Row(prompt) for prompt in islice(cycle(prompts), options.number or len(prompts))]
     headers = authorization(options)

@@ -36,6 +36,11 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def keep(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """For requests' `auth`, or it would replace our key by what ~/.netrc has for the host."""
+    return request
+
+
 def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> str:
     """Wait until a bot answers, saying so, for at most `--wait`; return its model's name, if known.
 
@@ -67,7 +72,7 @@ def printable(text: str) -> str:
 def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
     """Any answer of a bot, whatever it says to a GET; None while it starts."""
     try:
-        response = requests.get(url, headers=headers, timeout=PROBE_TIMEOUT_S)
+        response = requests.get(url, headers=headers, auth=keep, timeout=PROBE_TIMEOUT_S)
     except requests.exceptions.SSLError:
         return requests.Response()
     except (requests.ConnectionError, requests.Timeout):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import requests
-from reaching import add_options, authorization, printable, show, wait_until_ready
+from reaching import add_options, authorization, keep, printable, show, wait_until_ready
 
 
 class Refused(Exception):
@@ -19,7 +19,7 @@ class Refused(Exception):
 
 def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[str]:
     """Send a prompt, and yield its reply piece by piece."""
-    with requests.post(url, json=body, headers=headers, stream=True) as response:
+    with requests.post(url, json=body, headers=headers, auth=keep, stream=True) as response:
         if not response.ok:
             raise Refused(f"{url} answered {response.status_code}: {response.text}")
         for text in response.iter_content(chunk_size=None, decode_unicode=True):

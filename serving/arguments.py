@@ -202,3 +202,8 @@ class BatchbotArguments(BotArguments, BatchSettings):
         settings = self.model_dump(include=set(BatchSettings.model_fields))
         options = super().deployment_options() | {"user_config": settings}
         return options | requests_beside(self.max_batch_size)
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """With the settings that were given, to notice where the config's `user_config` differs."""
+        given = self.model_dump(include=self.model_fields_set & set(BatchSettings.model_fields))
+        return super().constructor_arguments() | {"batch_arguments": given}

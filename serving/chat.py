@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fastapi import WebSocketDisconnect
 from ray.exceptions import TaskCancelledError
+from starlette.websockets import WebSocketState
 
 from serving.metrics import BotMetrics
 from serving.model_thread import TooManyWaiting
@@ -16,6 +17,7 @@ from serving.streaming import ReplyStreamer
 from serving.wire import REFUSALS, Restarting, Wire, close
 
 MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
+MAX_CHARACTERS_AHEAD = 1_000_000  # of all of these, before another one
 NOTHING = TextRequest.model_construct(prompt="", max_new_tokens=0)  # asked by a bad frame
 
 logger = logging.getLogger("ray.serve")
@@ -37,16 +39,25 @@ class Chat:
         self,
         wire: Wire,
         new_streamer: Callable[[Sequence[str]], ReplyStreamer],  # from stop strings
+        cancel: Callable[[ReplyStreamer], None],
         metrics: BotMetrics,
         draining: asyncio.Event,  # set when this replica is to be no longer
     ) -> None:
         self.wire = wire
         self.ws = wire.ws
         self.new_streamer = new_streamer
+        self.cancel = cancel
         self.metrics = metrics
         self.draining = draining
         self.prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()  # None: no more are answered
         self.unanswered: list[Prompt] = []
+        self.spoken = 0  # prompts and replies so far
+        self.messages = 0  # of these, that the model still sees
+
+    def remember(self, messages: int) -> None:
+        """Take note of one more exchange, after which the model sees so many messages."""
+        self.spoken += 2
+        self.messages = messages
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -71,7 +82,7 @@ class Chat:
             await close(self.ws, error)
         finally:
             for _ in self.unanswered:
-                self.metrics.count("refused" if self.draining.is_set() else "cancelled")
+                self.metrics.count("cancelled")
 
     async def refuse(self, reason: str) -> None:
         """Accept the socket, since a code can only be sent then, and close it with 1013."""
@@ -94,13 +105,20 @@ class Chat:
                 request = self.wire.read(frame)
             except REFUSALS as error:
                 request, problem = NOTHING, error
-            if request is None:  # stop
+            if request == "ping":
+                if self.ws.application_state is WebSocketState.CONNECTED:  # not being closed
+                    await self.wire.send_pong()
+                continue
+            if request == "stop":
                 for earlier in self.unanswered:
-                    earlier.streamer.cancel()
+                    self.cancel(earlier.streamer)
                 continue
             prompt = Prompt(request, self.new_streamer(request.stop), problem)
             if len(self.unanswered) > MAX_PROMPTS_AHEAD:
                 raise TooManyWaiting(f"more than {MAX_PROMPTS_AHEAD} prompts wait for a reply")
+            ahead = sum(len(earlier.request.prompt) for earlier in self.unanswered)
+            if ahead > MAX_CHARACTERS_AHEAD:
+                raise TooManyWaiting(f"{ahead} characters wait for a reply")
             self.unanswered.append(prompt)
             self.prompts.put_nowait(prompt)
 
@@ -114,6 +132,9 @@ class Chat:
         while True:
             prompt = await self.prompts.get()
             if prompt is None:
+                while self.unanswered:
+                    self.unanswered.pop()
+                    self.metrics.count("refused")
                 await close(self.ws, Restarting("this replica ends; connect again for another"))
                 raise WebSocketDisconnect(1012)
             if prompt.request.prompt.strip() and not prompt.streamer.cancelled:
@@ -129,7 +150,7 @@ class Chat:
         try:
             yield
             outcome = "cancelled" if prompt.streamer.cancelled else "finished"
-            end = self.wire.send_done(prompt.streamer)
+            end = self.wire.send_done(prompt.streamer, self.messages, self.spoken)
         except WebSocketDisconnect:
             raise
         except REFUSALS as error:
@@ -138,7 +159,7 @@ class Chat:
             logger.exception("A reply failed")
             outcome, end = "failed", self.wire.send_error(error)
         finally:
-            prompt.streamer.cancel()
+            self.cancel(prompt.streamer)
         self.unanswered.remove(prompt)
         self.metrics.count(outcome)
         await end

@@ -9,7 +9,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from serving.metrics import BotMetrics, Population
 from serving.model_thread import ModelStalled, watch_layers
-from serving.paging import PAGE_SIZE, start_manager
+from serving.paging import start_manager, tokens_that_fit
 from serving.sampling import Sampler
 from serving.streaming import ReplyStreamer, pace
 
@@ -47,8 +47,7 @@ class ContinuousBatch:
         self.error: Exception | None = None
         self.manager = start_manager(model, context, max_batch_size, cache_tokens)
         watch_layers(model, self.note_progress)
-        # A prompt and its reply must fit the cache.
-        self.cache_tokens = self.manager.continuous_batching_config.num_blocks * PAGE_SIZE
+        self.cache_tokens = tokens_that_fit(self.manager)
         self.context = min(context, self.cache_tokens)
 
     def add(
@@ -58,7 +57,10 @@ class ContinuousBatch:
         max_new_tokens: int,
         sampler: Sampler | None,
     ) -> None:
-        """Have a reply written to the streamer. Raises BatchFailed and ModelStalled."""
+        """Have a reply written to the streamer. Raises BatchFailed and ModelStalled.
+
+        The prompt and its reply, of up to `max_new_tokens`, must fit `context`.
+        """
         self.check()
         self.added += 1
         request = str(self.added)

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 class TokenDecoder:
     """Turns the token ids of one reply into text, whole characters at a time.
 
-    The pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, up to the `stop`
-    string that is complete first, which ends the reply and is not part of it. An emoji or a
+    The pieces joined are what `tokenizer.decode` makes of all ids, without special tokens and
+    without cleaning up spaces, up to the `stop` string that is complete first, which ends the
+    reply and is not part of it. An emoji or a
     Chinese character is often several tokens; its first ones give "" and its last one the whole.
     What may be the beginning of a stop string is held back as well.
     """

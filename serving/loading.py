@@ -100,6 +100,19 @@ def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
     return int(tokenizer.model_max_length)
 
 
+def batch_context(model: PreTrainedModel, context: int) -> int:
+    """Tokens that a prompt and its reply may have where others share the run of the model.
+
+    The positions of models with "longrope" (Phi-3's with 128k) change for all rows as soon as one
+    is longer than they were first trained with, so that a reply would depend on its neighbours.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # one for all layers, or one for each kind of them
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            context = min(context, part["original_max_position_embeddings"])
+    return context
+
+
 def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The most likely token at each step, until a token that ends the reply; nothing else.
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -54,9 +54,10 @@ class ModelThread:
         report_waiting: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.moved = asyncio.Event()  # set, and replaced, when one comes, begins or is cancelled
         self.stall_timeout_s = stall_timeout_s
         self.max_waiting = max_waiting
-        self.report_waiting = report_waiting  # called when one is submitted and when one begins
+        self.report_waiting = report_waiting  # called when the line has moved
         self.jobs: SimpleQueue[tuple[Streamer, Callable[..., None], tuple[Any, ...]]] = (
             SimpleQueue()
         )
@@ -70,36 +71,64 @@ class ModelThread:
 
     # Called on the event loop
 
-    def submit(self, streamer: Streamer, generate: Callable[..., None], *arguments: Any) -> int:
+    def submit(self, streamer: Streamer, generate: Callable[..., None], *arguments: Any) -> None:
         """Have `generate(*arguments, streamer)` run when its turn comes.
 
-        Returns how many are ahead of it. Raises TooManyWaiting and ModelStalled.
+        Raises TooManyWaiting and ModelStalled.
         """
         self.check()
-        ahead, waiting = self.in_progress(), self._count_waiting()
         # Those whose reader has left keep their place in the list until their turn.
         if self.max_waiting is not None and (
-            waiting >= self.max_waiting or len(self.waiting) >= 10 * self.max_waiting
+            count_read(self.waiting) >= self.max_waiting
+            or len(self.waiting) >= 10 * self.max_waiting
         ):
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
         if self.running is None and not self.waiting:
             self.note_progress()
         self.waiting.append(streamer)
-        self.report_waiting(waiting + 1)
         self.jobs.put((streamer, generate, arguments))
+        self._line_moved()
         if not self.watched:
             self._watch_in(self.stall_timeout_s)
-        return ahead
+
+    async def line(self, streamer: Streamer) -> AsyncGenerator[int]:
+        """How many are ahead of it, if any: at once and whenever that changes, until it begins."""
+        told = 0
+        while not streamer.unread:
+            there = self._there()
+            ahead = count_read(there[: there.index(streamer)]) if streamer in there else 0
+            if ahead != told:
+                told = ahead
+                yield ahead
+            elif streamer in self.waiting:
+                await self.moved.wait()
+            else:
+                return
+
+    def cancel(self, streamer: Streamer) -> None:
+        """Stop its run, or leave its place to those behind it."""
+        streamer.cancel()
+        self._line_moved()
 
     def in_progress(self) -> int:
         """How many wait, or are written, and still have a reader."""
-        running = self.running
-        return self._count_waiting() + (running is not None and not running.unread)
+        return count_read(self._there())
 
     def check(self) -> None:
         """Raise ModelStalled if the model hangs or its thread is dead."""
         if self.error is not None:
             raise ModelStalled(*self.error.args)
+
+    def _there(self) -> list[Streamer]:
+        return [*filter(None, [self.running]), *self.waiting]
+
+    def _line_moved(self) -> None:
+        self.report_waiting(count_read(self.waiting))
+        self.moved.set()
+        self.moved = asyncio.Event()
+
+    def _recover(self) -> None:
+        self.error = None
 
     def _watch_in(self, seconds: float) -> None:
         self.watched = True
@@ -121,9 +150,10 @@ class ModelThread:
             return
         self.error = error
         logger.error(f"{error}; Serve will replace this replica")
-        for streamer in [*filter(None, [self.running]), *self.waiting]:
+        for streamer in self._there():
             streamer.fail(error)
             streamer.cancel()
+        self._line_moved()
 
     # Called in the model's thread
 
@@ -134,7 +164,7 @@ class ModelThread:
             self.running = streamer
             self.waiting.remove(streamer)
             try:
-                self.report_waiting(self._count_waiting())
+                self._on_loop(self._line_moved)
                 if streamer.unread:  # its reader left while it waited
                     streamer.end()
                 else:
@@ -144,28 +174,29 @@ class ModelThread:
                     logger.exception("The model failed for a reply that nobody reads any more")
                 streamer.fail(error)
                 if gpu_is_lost():
-                    self._have_given_up(ModelStalled("the GPU has failed"))
+                    self._on_loop(self._give_up, ModelStalled("the GPU has failed"))
                     return
             except BaseException as error:  # such as SystemExit
                 death = ModelStalled(f"the model's thread died of {type(error).__name__}")
                 death.__cause__ = error
-                self._have_given_up(death)
+                self._on_loop(self._give_up, death)
                 return
             self.note_progress()
             self.running = None
-            self.error = None  # it was only slow
+            self._on_loop(self._recover)  # if it had stalled, it was only slow
 
-    def _have_given_up(self, error: ModelStalled) -> None:
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: the process ends
-            self.loop.call_soon_threadsafe(self._give_up, error)
+            self.loop.call_soon_threadsafe(function, *arguments)
 
     # Called in both
 
     def note_progress(self) -> None:
         self.progress = time.monotonic()
 
-    def _count_waiting(self) -> int:
-        return sum(not streamer.unread for streamer in list(self.waiting))
+
+def count_read(streamers: list[Streamer]) -> int:
+    return sum(not streamer.unread for streamer in list(streamers))
 
 
 def watch_layers(model: PreTrainedModel, note_progress: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """The ContinuousBatchingManager of transformers, sized for a replica, with samplers of our own."""
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -107,6 +108,21 @@ def try_out(manager: ContinuousBatchingManager, model_type: str) -> None:
         raise ValueError(
             f"transformers cannot batch {model_type} continuously: {problem}; the Batchbot can"
         )
+
+
+def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
+    """Tokens that one request may have in an empty cache.
+
+    Less than all, if layers with full and with sliding attention take whole sectors of it each.
+    """
+    cache = manager.batch_processor.cache
+    nothing = RequestState("", [])
+
+    def is_too_much(tokens: int) -> bool:
+        return not cache.can_store_request_tokens(nothing, tokens, dry_run=True)
+
+    blocks = manager.continuous_batching_config.num_blocks
+    return bisect_left(range(1, blocks * PAGE_SIZE + 1), True, key=is_too_much)
 
 
 def free_memory(model: PreTrainedModel) -> int:

@@ -127,6 +127,11 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
     return fields
 
 
+def json_allowed(tokens: int) -> int:
+    """The most bytes that JSON with a prompt of so many tokens can need."""
+    return ESCAPED * bytes_allowed(tokens) + MAX_BYTES_OUTSIDE_STRINGS
+
+
 class BodyTimeout(Exception):
     """A body that does not come."""
 
@@ -136,7 +141,7 @@ async def read_body(request: Request) -> bytes:
     BodyTimeout if it is not there in time.
     """
     longest = serve.get_replica_context().servable_object.max_prompt_tokens
-    allowed = ESCAPED * bytes_allowed(longest) + MAX_BYTES_OUTSIDE_STRINGS
+    allowed = json_allowed(longest)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):

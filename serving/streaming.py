@@ -161,7 +161,10 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
         self.text.end(error)
 
     def cancel(self) -> None:
-        """Stop `generate` at its next token, or before its first; what is read ends here."""
-        if not self.finished and not self.cancelled:
+        """Stop `generate` at its next token, or before its first. Text that is there is still read.
+
+        A reply that is complete stays so.
+        """
+        if not self.cancelled and not self.text.ended.is_set():
             self.cancelled = True
             self.text.end()

@@ -8,16 +8,19 @@ their `type`. An error answers the prompt that it concerns, and the conversation
 
     client  {"type": "prompt", "prompt": "Hello!", "max_new_tokens": 20}   and other ReplyOptions
             {"type": "stop"}                       ends the replies to all prompts sent before it
-    server  {"type": "waiting", "ahead": 3}        prompts of others that come first, if any
+            {"type": "ping"}                       is anybody there? Browsers let no page ask
+    server  {"type": "waiting", "ahead": 3}        prompts that come first, if any, as they change
             {"type": "text", "text": "Hi"}         a piece of the reply
-            {"type": "done", "finish_reason": "stop", "tokens": 7, "seconds": 0.21}
+            {"type": "done", "finish_reason": "stop", "tokens": 7, "seconds": 0.21,
+             "messages": 6, "dropped": 2}          of the conversation: still seen by the model, not
             {"type": "error", "detail": "a blank prompt has no reply"}
+            {"type": "pong"}                       at once, also between the pieces of a reply
 """
 
 import json
 import time
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
@@ -25,7 +28,13 @@ from starlette.types import Message
 
 from serving.encoding import NoToken, PromptTooLong, UnknownToken, check_size
 from serving.model_thread import TooManyWaiting
-from serving.prompts import ReplyOptions, TextRequest, describe_problems, parse_object
+from serving.prompts import (
+    ReplyOptions,
+    TextRequest,
+    describe_problems,
+    json_allowed,
+    parse_object,
+)
 from serving.streaming import ReplyStreamer
 
 CHAT_V1 = "chat.v1"
@@ -67,13 +76,16 @@ class Wire(Protocol):
 
     async def accept(self) -> None: ...
 
-    def read(self, frame: Message) -> TextRequest | None:
-        """The prompt in a frame, None for a stop. Raises one of REFUSALS."""
+    def read(self, frame: Message) -> TextRequest | Literal["stop", "ping"]:
+        """The prompt in a frame, or what else it asks for. Raises one of REFUSALS."""
 
     async def send_waiting(self, ahead: int) -> None: ...
     async def send_text(self, text: str) -> None: ...
-    async def send_done(self, streamer: ReplyStreamer) -> None: ...
+    async def send_done(self, streamer: ReplyStreamer, messages: int, spoken: int) -> None:
+        """The end of a reply; of all messages spoken, the model still sees the last so many."""
+
     async def send_error(self, error: Exception) -> None: ...
+    async def send_pong(self) -> None: ...
 
 
 def choose_wire(
@@ -132,12 +144,15 @@ class PlainWire:
             text = text[1:]
         await self.ws.send_text(text)
 
-    async def send_done(self, streamer: ReplyStreamer) -> None:
+    async def send_done(self, streamer: ReplyStreamer, messages: int, spoken: int) -> None:
         await self.ws.send_text(self.end_of_response)
 
     async def send_error(self, error: Exception) -> None:
         await close(self.ws, error)
         raise WebSocketDisconnect(CLOSE_CODES.get(type(error), 1011))
+
+    async def send_pong(self) -> None:
+        """Clients of this form cannot ask for one."""
 
 
 class JsonWire:
@@ -154,17 +169,18 @@ class JsonWire:
     async def accept(self) -> None:
         await self.ws.accept(subprotocol=CHAT_V1)
 
-    def read(self, frame: Message) -> TextRequest | None:
+    def read(self, frame: Message) -> TextRequest | Literal["stop", "ping"]:
         if (text := frame.get("text")) is None:
             raise BadFrame("a message is JSON in a text frame, not a binary one")
-        check_size(text, self.limits.room)
+        if (size := len(text.encode())) > (allowed := json_allowed(self.limits.room)):
+            raise PromptTooLong(f"the message has {size} bytes, {allowed} are allowed")
         try:
             message = parse_object(text)
         except ValueError as error:
             raise BadFrame(f"the message {error}") from None
         kind = message.pop("type", None)
-        if kind == "stop" and not message:
-            return None
+        if kind in ("stop", "ping") and not message:
+            return kind
         if kind != "prompt":
             raise BadFrame('a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}')
         try:
@@ -182,16 +198,21 @@ class JsonWire:
     async def send_text(self, text: str) -> None:
         await self._send(type="text", text=text)
 
-    async def send_done(self, streamer: ReplyStreamer) -> None:
+    async def send_done(self, streamer: ReplyStreamer, messages: int, spoken: int) -> None:
         await self._send(
             type="done",
             finish_reason=streamer.finish_reason(self.ends),
             tokens=len(streamer.token_times),
             seconds=round(time.monotonic() - streamer.asked, 3),
+            messages=messages,
+            dropped=spoken - messages,
         )
 
     async def send_error(self, error: Exception) -> None:
         await self._send(type="error", detail=describe(error))
+
+    async def send_pong(self) -> None:
+        await self._send(type="pong")
 
     async def _send(self, **message: Any) -> None:
         await self.ws.send_text(json.dumps(message, ensure_ascii=False))

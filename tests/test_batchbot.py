@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -33,15 +34,19 @@ from transformers import (
     MambaConfig,
     MiniMaxConfig,
     OpenAIGPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
 )
 
+import batchbot as batchbot_module
 from batchbot import Batchbot, RawStreamer, Row
-from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
+from continuousbot import Continuousbot
+from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S, BatchbotArguments
 from serving.decoding import TokenDecoder
 from serving.loading import load_model
+from serving.locating import EMBEDDED
 from serving.model_thread import ModelStalled, ModelThread
 from serving.padding import check_padding
 from serving.prompts import ReplyOptions
@@ -267,6 +272,19 @@ def replies_alone(folder: Path, prompts: list[str], lengths: list[int]) -> list[
     ]
 
 
+def test_an_argument_that_user_config_overrides_is_named(caplog, monkeypatch):
+    monkeypatch.setattr(batchbot_module.logger, "propagate", True)
+    arguments = BatchbotArguments(model=EMBEDDED, max_batch_size=8).constructor_arguments()
+    bot = SimpleNamespace(
+        configured=False, run_model=Mock(), batch_arguments=arguments["batch_arguments"]
+    )
+    Batchbot.func_or_class.reconfigure(bot, {"max_batch_size": 8, "batch_wait_timeout_s": 3})
+    assert caplog.messages == []
+    Batchbot.func_or_class.reconfigure(bot, {"max_batch_size": 4, "batch_wait_timeout_s": 3})
+    told = {record.getMessage() for record in caplog.records}  # by both of its handlers
+    assert told == {"max_batch_size is 4, from user_config, and not 8, from args"}
+
+
 def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loaded):
     def die(streamer: RawStreamer) -> None:
         streamer.put(torch.tensor([5]))
@@ -323,6 +341,34 @@ def rows_of(*lengths: int) -> list[Row]:
     """Rows of prompts with so many tokens, whose replies may have ten."""
     options = ReplyOptions.model_construct(max_new_tokens=10)
     return [Row([0] * length, options, None, None) for length in lengths]
+
+
+PHI = Phi3Config(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    original_max_position_embeddings=32,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 32,
+        "long_factor": [9.0] * 4,
+        "short_factor": [1.0] * 4,
+    },
+)
+
+
+@pytest.mark.parametrize("bot", [Batchbot, Continuousbot], ids=lambda bot: bot.name)
+def test_a_model_whose_positions_change_with_the_longest_row_has_its_first_context(
+    bot, run_other, tmp_path
+):
+    save_random_model(PHI, tmp_path)
+    served = run_other(bot.bind(str(tmp_path)))
+    long = requests.post(served.http, json={"prompt": "x" * 100, "max_new_tokens": 4})
+    assert (long.status_code, "28 fit" in long.text) == (413, True)
+    assert http_reply(served, "Hey!", 12) == replies_alone(tmp_path, ["Hey!"], [12])[0]
 
 
 def test_prompts_that_would_mostly_be_padding_run_apart_the_shortest_first():

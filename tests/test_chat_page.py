@@ -1,6 +1,7 @@
 """The chat page in a real Chromium."""
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from bot_fixtures import (
     Bots,
     reference,
 )
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, WebSocketRoute, expect, sync_playwright
 from websockets.sync.client import connect
 
 HELLO, STORY = "Hello!", "Tell me a story about dogs."
+PING_MS = 15_000
 RECORD_STATES = """
 states = [];
 new MutationObserver(() => states.push(document.all.state.dataset.is))
@@ -183,6 +185,71 @@ def test_after_a_restart_it_connects_again_and_says_that_the_conversation_is_new
     say(page, HELLO)
     expect(last_reply(page)).to_have_text(reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS))
     page.context.close()
+
+
+class Relay:
+    """Between a page and its bot's WebSocket: nothing may come through any more, or it closes."""
+
+    def __init__(self, page: Page) -> None:
+        self.dead = False
+        self.sent: list[str] = []  # by the bot
+        self.routes: list[WebSocketRoute] = []
+        page.route_web_socket(re.compile("^ws:"), self.connect)
+
+    def connect(self, route: WebSocketRoute) -> None:
+        self.routes.append(route)
+        server = route.connect_to_server()
+        route.on_message(lambda text: None if self.dead else server.send(text))
+
+        def to_page(text: str) -> None:
+            if not self.dead:
+                self.sent.append(text)
+                route.send(text)
+
+        server.on_message(to_page)
+
+
+def test_a_connection_on_which_nothing_comes_any_more_is_seen_as_lost(page, chatbot):
+    relay = Relay(page)
+    page.clock.install()
+    visit(page, chatbot)
+    for number in range(3):  # as long as the bot is there, its pongs come
+        page.clock.run_for(PING_MS)
+        while len(relay.sent) <= number:
+            page.wait_for_timeout(1)
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert relay.sent == ['{"type": "pong"}'] * 3
+    relay.dead = True
+    page.clock.run_for(2 * PING_MS)
+    expect(page.get_by_role("status")).to_have_text("disconnected: nothing comes any more")
+    relay.dead = False
+    page.clock.run_for(1000)
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert len(relay.routes) == 2
+
+
+def test_a_bot_that_nobody_uses_is_not_woken_before_somebody_types(page, chatbot):
+    relay = Relay(page)
+    page.clock.install()
+    visit(page, chatbot)
+    relay.routes[0].close(code=1012, reason="this replica ends")
+    expect(page.get_by_role("status")).to_have_text("disconnected: type to connect again")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.run_for(60_000)
+    assert (asked, len(relay.routes)) == ([], 1)
+    page.keyboard.type("Hi")
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert len(relay.routes) == 2
+
+
+def test_what_the_model_has_forgotten_is_told(page, chatbot):
+    visit(page, chatbot)
+    for number in range(3):
+        say(page, f"{'word ' * 30}{number}")
+        expect(page.get_by_role("status")).to_have_text("ready")
+    expect(page.locator(".note").first).not_to_contain_text("forgotten")
+    expect(last_note(page)).to_contain_text("the first 4 messages are forgotten")
 
 
 def test_markup_is_text_in_prompts(page, chatbot):

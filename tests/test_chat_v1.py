@@ -43,8 +43,8 @@ class Client:
     def answer(self) -> tuple[str, dict[str, Any]]:
         """The text of a reply, and the message that ends it."""
         text = ""
-        while (message := self.receive())["type"] == "text":
-            text += message["text"]
+        while (message := self.receive())["type"] in ("waiting", "text"):
+            text += message.get("text", "")
         return text, message
 
     def ask(self, prompt: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -89,6 +89,35 @@ def test_a_conversation_is_remembered(chatbot, loaded):
     assert text == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
 
 
+def test_the_end_of_a_reply_tells_what_the_model_no_longer_sees(chatbot):
+    with chat(chatbot) as client:
+        ends = [client.ask(f"{'word ' * 30}{number}")[1] for number in range(3)]
+        sees = [(end["messages"], end["dropped"]) for end in ends]
+    assert sees[0] == (2, 0)
+    assert sees[-1][1] > 0
+    assert [sum(pair) for pair in sees] == [2, 4, 6]
+
+
+def test_a_ping_is_answered_also_before_the_end_of_a_reply(chatbot):
+    chatbot.gate.hold_after(1)
+    with chat(chatbot) as client:
+        client.prompt(STORY)
+        assert client.receive()["type"] == "text"
+        chatbot.gate.wait("step", 2)
+        client.send(type="ping")
+        assert client.receive() == {"type": "pong"}
+        chatbot.gate.release()
+        assert client.answer()[1]["type"] == "done"
+
+
+def test_a_prompt_may_be_as_long_as_the_model_takes_however_it_is_written(chatbot, loaded):
+    # Each of its characters is \u00e4, six bytes, and more tokens than fit: the tokens are counted.
+    with chat(chatbot) as client:
+        text, end = client.ask("ä" * 3000)
+    assert (text, end["type"]) == ("", "error")
+    assert "tokens, 112 fit" in end["detail"]
+
+
 def test_stop_ends_the_reply_and_keeps_the_conversation(chatbot, loaded):
     chatbot.gate.hold_after(3)
     with chat(chatbot) as client:
@@ -123,6 +152,8 @@ def test_stop_also_ends_what_waits_and_nothing_that_comes_later(chatbot, loaded)
             "finish_reason": "cancelled",
             "tokens": 0,
             "seconds": 0,
+            "messages": 2,
+            "dropped": 0,
         }
         chatbot.gate.release()
         while (message := client.receive())["type"] != "done":
@@ -141,9 +172,11 @@ def test_who_waits_for_others_is_told_how_many(chatbot, loaded):
         assert three.receive() == {"type": "waiting", "ahead": 2}
         two.send(type="stop")  # it does not have to wait for its turn to be told
         assert two.answer()[1]["finish_reason"] == "cancelled"
+        assert three.receive() == {"type": "waiting", "ahead": 1}  # the line has moved
         chatbot.gate.release()
-        for client in (one, three):
-            assert client.answer()[1]["finish_reason"] == "stop"
+        assert one.answer()[1]["finish_reason"] == "stop"
+        assert three.receive() == {"type": "waiting", "ahead": 0}
+        assert three.answer()[1]["finish_reason"] == "stop"
         # What never began is not remembered.
         question = "What is my name?"
         assert two.ask(question)[0] == reference(loaded, [question], CHAT_MAX_NEW_TOKENS)
@@ -162,7 +195,10 @@ def test_who_waits_for_others_is_told_how_many(chatbot, loaded):
         ('{"type": "prompt", "prompt": "\\ud800"}', "the message has a lone surrogate"),
         ('{"type": "prompt", "prompt": "Hi", "max_new_tokens": 0}', "max_new_tokens: "),
         ('{"type": "prompt", "prompt": "Hi", "loudness": 3}', "loudness: Extra inputs"),
-        ('{"type": "prompt", "prompt": "' + "x" * 20_000 + '"}', "the prompt has 20"),
+        (
+            '{"type": "prompt", "prompt": "' + "x" * 20_000 + '"}',
+            "the prompt has 20000 bytes, 7168 are allowed",
+        ),
         (
             '{"type": "prompt", "prompt": "' + "word " * 400 + '"}',
             "the prompt has 403 tokens, 112 fit",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
 
@@ -13,7 +14,8 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from chatbot import MAX_WAITING
-from serving.chat import MAX_PROMPTS_AHEAD, Chat
+from serving import chat
+from serving.chat import MAX_PROMPTS_AHEAD, Chat, Prompt
 from serving.prompts import ReplyOptions
 from serving.wire import Limits, PlainWire
 
@@ -123,6 +125,19 @@ def test_a_client_that_sends_too_many_prompts_ahead_is_told_so(chatbot):
         websocket.recv(timeout=HANG_S)
     assert closed.value.rcvd.code == 1013
     chatbot.gate.wait("cancelled", MAX_PROMPTS_AHEAD + 1)
+
+
+def test_a_client_that_sends_too_much_ahead_is_told_so(chatbot, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_CHARACTERS_AHEAD", 99)
+    chatbot.gate.hold_after(0)
+    with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
+        for prompt in ("x" * 99, "x", "Hello!"):  # the last comes when 100 wait
+            websocket.send(prompt)
+        websocket.recv(timeout=HANG_S)
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (
+        1013,
+        "100 characters wait for a reply",
+    )
 
 
 def test_100_sockets_are_open_at_once_and_prompts_wait_their_turn(chatbot):
@@ -248,8 +263,47 @@ def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
     async def open_chat() -> None:
         ws = SimpleNamespace(accept=AsyncMock(), receive=receive)
         wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(), "<>")
-        async with Chat(wire, Mock(), Mock(), asyncio.Event()).open(), asyncio.timeout(HANG_S):
+        async with (
+            Chat(wire, Mock(), Mock(), Mock(), asyncio.Event()).open(),
+            asyncio.timeout(HANG_S),
+        ):
             await asyncio.Event().wait()
 
     asyncio.run(open_chat())
     assert not caplog.records
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_replica_that_ends_tells_who_has_left_from_whom_it_refuses(leaves):
+    metrics, draining = Mock(), asyncio.Event()
+    ended, read = asyncio.Event(), asyncio.Event()
+
+    async def frames() -> AsyncIterator[dict[str, str | int]]:
+        await ended.wait()  # the replica knows that it is to end
+        yield {"type": "websocket.receive", "text": "Hello!"}
+        if leaves:
+            yield {"type": "websocket.disconnect", "code": 1001}
+        await asyncio.Event().wait()
+
+    async def open_chat() -> None:
+        ws = SimpleNamespace(accept=AsyncMock(), receive=frames().__anext__, close=AsyncMock())
+        wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(stop=[]), "<>")
+        its = Chat(wire, lambda stop: read.set(), Mock(), metrics, draining)
+        put = its.prompts.put_nowait
+
+        def put_and_tell(prompt: Prompt | None) -> None:
+            put(prompt)
+            if prompt is None:
+                ended.set()
+
+        its.prompts.put_nowait = put_and_tell
+        async with its.open(), asyncio.timeout(HANG_S):
+            draining.set()
+            await read.wait()
+            if leaves:
+                await asyncio.Event().wait()
+            async for _ in its:
+                pass
+
+    asyncio.run(open_chat())
+    metrics.count.assert_called_once_with("cancelled" if leaves else "refused")

@@ -201,6 +201,29 @@ def test_who_waits_for_others_is_told_on_a_terminal(bots: Bots, loaded):
         assert terminal.end() == 0
 
 
+def test_what_the_model_has_forgotten_is_told_on_a_terminal():
+    def answer(websocket: ServerConnection) -> None:
+        websocket.recv()
+        for message in (
+            {"type": "waiting", "ahead": 1},
+            {"type": "waiting", "ahead": 0},
+            {"type": "text", "text": "Hi!"},
+            {"type": "done", "messages": 4, "dropped": 2},
+        ):
+            websocket.send(json.dumps(message))
+        websocket.recv()
+
+    with chat_server(answer) as url:
+        terminal = Terminal(CHAT, "--url", url, "--wait", "0")
+        top = f"{url}. {HELP}\n"
+        terminal.expect(f"{top}>")
+        terminal.type("Hello!\r")
+        told = "(1 ahead)\nHi!\n(the first 2 messages are forgotten)"
+        terminal.expect(f"{top}> Hello!\n{told}\n>")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+
+
 def test_ctrl_c_leaves_the_stream_client_in_the_middle_of_a_reply(bots: Bots, loaded):
     bots.textbot.gate.hold_after(3)
     terminal = Terminal(STREAM, "--url", bots.textbot.http)
@@ -334,6 +357,22 @@ def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
     assert (ran.stdout, ran.returncode) == ("Hi!\n", 0)
     assert ran.stderr == "(connected again: a new conversation)\n"
     assert [json.loads(message)["prompt"] for message in told] == ["Hello!", "Hello!"]
+
+
+def test_a_key_goes_before_one_that_netrc_has_for_the_host(bots: Bots, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password wrong\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "key").write_text(KEY)
+    bot = bots.emoji_chatbot
+    options = ["--url", bot.http, "--api-key-file", str(tmp_path / "key"), "--wait", "0"]
+    assert "405" in run(STREAM, *options).stderr  # not 401: there is no POST here, but a page
+
+
+@pytest.mark.parametrize("wrong", [["--number", "0"], ["--apart", "-1"], ["--apart", "nan"]])
+def test_the_load_client_says_which_numbers_are_possible(wrong):
+    ran = run(LOAD, *wrong)
+    assert ran.stderr.startswith(f"{wrong[0]} must be ")
+    assert (len(ran.stderr.splitlines()), ran.returncode) == (1, 1)
 
 
 def test_what_a_server_says_of_an_error_cannot_command_a_terminal():

@@ -28,7 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepped_bots import stepped
 from tokenizers.normalizers import Replace
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPTJConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTJConfig,
+)
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import FutureRequestState
@@ -226,6 +232,31 @@ def test_a_prompt_that_the_cache_cannot_hold_is_a_413_that_says_so(run_other):
     response = requests.post(bot.http, json={"prompt": "word " * 99})
     assert response.status_code == 413
     assert response.json()["detail"].endswith(" tokens, 32 fit; the cache has 64")
+
+
+GEMMA = Gemma3TextConfig(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=26,  # 4 with full and 22 with sliding attention
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    vocab_size=512,
+    sliding_window=512,
+    max_position_embeddings=4096,
+)
+
+
+def test_what_fits_the_cache_is_known_also_if_layers_share_it_unequally():
+    model = AutoModelForCausalLM.from_config(GEMMA).eval()
+    manager = paging.start_manager(model, context=4096, rows=2, cache_tokens=96)
+    tokens = paging.tokens_that_fit(manager)
+    assert 0 < tokens < 96
+    for number in range(2):  # and again, in the same cache
+        manager.add_request(list(range(tokens - 8)), str(number), max_new_tokens=8, sampler=None)
+        output = manager.get_result(timeout=HANG_S)
+        assert (output.error, len(output.generated_tokens)) == (None, 8)
+    manager.stop(hard_stop=True)
 
 
 @pytest.mark.parametrize(

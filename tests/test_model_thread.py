@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -65,13 +66,36 @@ class Held:
 
 def test_one_runs_after_the_other_and_each_knows_how_many_are_ahead():
     async def test() -> None:
-        thread, held = ModelThread(), Held()
+        thread, held, last = ModelThread(), Held(), Held()
         streamers = [await held.submit_to(thread)]
-        for number in range(1, 4):
+        assert [ahead async for ahead in thread.line(streamers[0])] == []  # it is its turn
+        for job in ((say, "1"), (say, "2"), (last,)):
             streamers.append(ReplyStreamer(TOKENIZER))
-            assert thread.submit(streamers[-1], say, str(number)) == number
+            thread.submit(streamers[-1], *job)
+        line = thread.line(streamers[3])
+        assert await anext(line) == 3
+        thread.cancel(streamers[1])  # it leaves its place to those behind it
+        assert await anext(line) == 2
         held.go.set()
-        assert [await read(streamer) for streamer in streamers] == ["", "1", "2", "3"]
+        assert [await read(streamer) for streamer in streamers[:3]] == ["", "", "2"]
+        assert [ahead async for ahead in line][-1] == 0
+        last.go.set()
+        assert await read(streamers[3]) == ""
+
+    run(test)
+
+
+def test_who_is_cancelled_in_the_line_does_not_stay_in_it():
+    async def test() -> None:
+        thread, held = ModelThread(), Held()
+        await held.submit_to(thread)
+        leaving = ReplyStreamer(TOKENIZER)
+        thread.submit(leaving, say, "never")
+        line = thread.line(leaving)
+        assert await anext(line) == 1
+        asyncio.get_running_loop().call_soon(thread.cancel, leaving)
+        assert [ahead async for ahead in line] == []
+        held.go.set()
 
     run(test)
 
@@ -87,7 +111,8 @@ def test_what_is_cancelled_while_it_waits_never_begins_and_leaves_its_place():
             thread.submit(staying, say, "hello")
         leaving.cancel()
         assert await read(leaving) == ""
-        assert thread.submit(staying, say, "hello") == 1
+        thread.submit(staying, say, "hello")
+        assert await anext(thread.line(staying)) == 1
         held.go.set()
         assert await read(staying) == "hello"
         thread.check()
@@ -141,6 +166,26 @@ def test_no_progress_fails_all_streams_and_a_model_that_was_only_slow_recovers()
             thread.check()
         held.go.set()
         await asyncio.to_thread(waiting.skipped.wait, HANG_S)
+        thread.submit(following, say, "hello")
+        assert await read(following) == "hello"
+
+    run(test)
+
+
+def block_until_free(thread: ModelThread) -> None:
+    while thread.running is not None:
+        time.sleep(0.001)
+
+
+def test_a_run_that_ends_when_it_is_given_up_leaves_no_healthy_replica_ill():
+    async def test() -> None:
+        thread, held = ModelThread(), Held()
+        running, following = await held.submit_to(thread), ReplyStreamer(TOKENIZER)
+        held.go.set()
+        block_until_free(thread)  # so that the loop hears nothing of it
+        thread._give_up(ModelStalled("no progress"))
+        assert await read(running) == ""
+        await asyncio.sleep(0)  # now it hears of the end
         thread.submit(following, say, "hello")
         assert await read(following) == "hello"
 
