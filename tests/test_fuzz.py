@@ -145,7 +145,7 @@ json_prompts = st.builds(
 )
 json_frames = st.one_of(
     text_frames(json_prompts),
-    text_frames(st.just('{"type": "stop"}')),
+    text_frames(st.sampled_from(['{"type": "stop"}', '{"type": "ping"}'])),
     text_frames(json_texts),
     bad_frames,
 )
@@ -238,7 +238,7 @@ def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
         message = {"text": frame.text()} if frame.is_text else {"bytes": b""}
         options = ReplyOptions.model_construct(max_new_tokens=CHAT_MAX_NEW_TOKENS)
         prompt = JsonWire(None, limits(loaded), options, []).read(message)
-        if prompt is None:
+        if isinstance(prompt, str):  # stop, or ping
             return set()
         encode([user(prompt.prompt)], loaded.tokenizer, limits(loaded).room)
         return {"done"}
@@ -261,7 +261,7 @@ def talk_json(chatbot: Bot, loaded: LoadedModel, frames: list[Frame]) -> None:
             if not (possible := answers(loaded, frame)):
                 continue
             reply = ""
-            while (message := receive(websocket))["type"] in ("waiting", "text"):
+            while (message := receive(websocket))["type"] in ("waiting", "text", "pong"):
                 reply += message.get("text", "")
             assert message["type"] in possible
             begun = reply or message.get("finish_reason") != "cancelled"
