@@ -4,8 +4,12 @@ import asyncio
 import gc
 import random
 import re
+import socket
 import threading
+import time
 from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -15,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from batchbot import Batchbot, RawStreamer, Row
 from chatbot import Chatbot
+from continuousbot import Continuousbot
 from serving.streaming import ReplyStreamer
 from textbot import Textbot
 
@@ -22,7 +27,8 @@ FAIL_EVERY = 20  # generations: 5 % of them fail
 FAIL_WITHIN = 6  # steps, fewer than any reply takes
 SETTLE_S = 10  # what is still there after that is left over
 THREAD_OF_POOL = re.compile(r"_\d+$")
-OURS = {"serving", "textbot", "chatbot", "batchbot"}
+OURS = {"serving", "textbot", "chatbot", "batchbot", "continuousbot"}
+PREFILL_S = 0.02  # at least, or nobody could leave during it
 
 
 class Report(NamedTuple):
@@ -34,6 +40,7 @@ class Report(NamedTuple):
     generations: int
     failures: int
     failing: int  # requests that the failures concern, some of which nobody waits for
+    left_in: dict[str, int]  # requests that were left in this phase: queue, prefill, tokens, end
     threads: list[str]  # started in Python; a pool counts as one
     native_threads: int
     tasks: list[str]
@@ -42,8 +49,13 @@ class Report(NamedTuple):
 
 
 class Soaked:
-    async def __init__(self, **arguments: Any) -> None:
+    async def __init__(self, begun_port: int, **arguments: Any) -> None:
         await super().__init__(**arguments)
+        self.names: dict[Any, str] = {}  # of requests, by their streamers or rows
+        self.begun: set[str] = set()
+        self.begun_port = begun_port  # where they are told that the model reads them
+        self.udp = socket.socket(type=socket.SOCK_DGRAM)
+        self.watch_cancelling()
         self.count_outcome = self.metrics.count
         self.metrics.count = self.count_and_note
         self.model.register_forward_pre_hook(self.before_step)
@@ -57,6 +69,42 @@ class Soaked:
         self.arrived: Counter[str] = Counter()
         self.outcomes: defaultdict[str, list[str]] = defaultdict(list)
         self.generations = self.failures = self.failing = 0
+        self.left_in: Counter[str] = Counter()
+
+    def watch_cancelling(self) -> None:
+        submit = self.model_thread.submit
+
+        def submit_and_note(streamer: ReplyStreamer, *job: Any) -> None:
+            self.note(streamer)
+            submit(streamer, *job)
+
+        self.model_thread.submit = submit_and_note
+
+    def note(self, streamer: Any) -> None:
+        """Know the request's name, and in which phase it is when its client leaves."""
+        self.names[streamer] = _get_serve_request_context().request_id
+        cancel = streamer.cancel
+
+        def note_and_cancel() -> None:
+            if not streamer.unread:
+                ended = streamer.text.ended.is_set()
+                self.note_phase(streamer, len(streamer.token_times), ended)
+            self.names.pop(streamer, None)
+            cancel()
+
+        streamer.cancel = note_and_cancel
+
+    def note_phase(self, streamer: Any, tokens: int, ended: bool) -> None:
+        begun = self.names[streamer] in self.begun
+        phase = "end" if ended else "tokens" if tokens else "prefill" if begun else "queue"
+        self.left_in[phase] += 1
+
+    def tell_begun(self, streamers: list[Any]) -> None:
+        """Called in the model's thread, before it reads their prompts."""
+        for streamer in streamers:
+            if (name := self.names.get(streamer)) is not None:
+                self.begun.add(name)
+                self.udp.sendto(name.encode(), ("127.0.0.1", self.begun_port))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.arrived[_get_serve_request_context().request_id] += 1
@@ -70,6 +118,8 @@ class Soaked:
         self.generations += 1
         fails = next(self.numbers) % FAIL_EVERY == 0
         self.steps_to_failure = self.random.randint(1, FAIL_WITHIN) if fails else 0
+        self.tell_begun([arguments[-1]])
+        time.sleep(PREFILL_S)
         super().generate_text(*arguments)
 
     def before_step(self, *_: Any) -> None:
@@ -87,10 +137,8 @@ class Soaked:
         own = asyncio.current_task()
         if self.at_rest and (working := asyncio.all_tasks() - self.at_rest - {own}):
             await asyncio.wait(working, timeout=SETTLE_S)
-        streamer = ReplyStreamer(self.tokenizer)
-        self.model_thread.submit(streamer, ReplyStreamer.end)
-        async for _ in streamer:
-            pass
+        await self.rest()
+        self.begun.clear()
         self.at_rest = asyncio.all_tasks() - {own}
         process = psutil.Process()
         report = Report(
@@ -100,6 +148,7 @@ class Soaked:
             self.generations,
             self.failures,
             self.failing,
+            dict(self.left_in),
             threads=sorted({THREAD_OF_POOL.sub("", name) for name in names_of_threads()}),
             native_threads=process.num_threads(),
             tasks=sorted(task.get_coro().__qualname__ for task in self.at_rest),
@@ -108,6 +157,13 @@ class Soaked:
         )
         self.forget()
         return report
+
+    async def rest(self) -> None:
+        """Wait until the model's thread has nothing to do."""
+        streamer = ReplyStreamer(self.tokenizer)
+        self.model_thread.submit(streamer, ReplyStreamer.end)
+        async for _ in streamer:
+            pass
 
 
 def names_of_threads() -> list[str]:
@@ -141,6 +197,7 @@ class SoakedChatbot(Soaked, Chatbot.func_or_class):
 class SoakedBatchbot(Soaked, Batchbot.func_or_class):
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
         self.rows = rows
+        self.tell_begun(rows)
         try:
             super().generate_text(rows, streamer)
         finally:
@@ -149,5 +206,61 @@ class SoakedBatchbot(Soaked, Batchbot.func_or_class):
     def requests_in_generation(self) -> int:
         return sum(not row.finished for row in self.rows)
 
+    async def stream_row(self, row: Row) -> AsyncGenerator[str]:
+        self.names[row] = _get_serve_request_context().request_id
+        try:
+            async with aclosing(super().stream_row(row)) as texts:
+                async for text in texts:
+                    yield text
+        except (GeneratorExit, asyncio.CancelledError):
+            self.note_phase(row, len(row.token_times), row.finished)
+            raise
+        finally:
+            del self.names[row]
 
-SOAKED = {SoakedTextbot: Textbot, SoakedChatbot: Chatbot, SoakedBatchbot: Batchbot}
+
+class SoakedContinuousbot(Soaked, Continuousbot.func_or_class):
+    def watch_cancelling(self) -> None:
+        """Its streamers are known to `generate_text`."""
+
+    def generate_text(self, input_ids: list[int], options: Any, streamer: ReplyStreamer) -> None:
+        """A step that failed would fail all replies, and the replica; these fail one alone."""
+        self.generations += 1
+        self.note(streamer)
+        if next(self.numbers) % FAIL_EVERY == 0:
+            self.fail_after(self.random.randint(1, FAIL_WITHIN), streamer)
+        Continuousbot.func_or_class.generate_text(self, input_ids, options, streamer)
+
+    def fail_after(self, tokens: int, streamer: ReplyStreamer) -> None:
+        add = streamer.add
+
+        def add_or_fail(token: int) -> None:
+            if len(streamer.token_times) == tokens:
+                self.failures += 1
+                self.failing += 1
+                raise RuntimeError("this token was told to fail")
+            add(token)
+
+        streamer.add = add_or_fail
+
+    def before_step(self, *_: Any) -> None:
+        active = self.batch.manager.batch_processor.scheduler.active_requests
+        begins = [
+            streamer
+            for streamer, request in list(self.batch.streamers.items())
+            if request in active and self.names.get(streamer, "") not in self.begun
+        ]
+        if begins:
+            self.tell_begun(begins)
+            time.sleep(PREFILL_S)
+
+    async def rest(self) -> None:
+        """Its thread is at rest when all replies are over."""
+
+
+SOAKED = {
+    SoakedTextbot: Textbot,
+    SoakedChatbot: Chatbot,
+    SoakedBatchbot: Batchbot,
+    SoakedContinuousbot: Continuousbot,
+}

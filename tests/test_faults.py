@@ -123,6 +123,31 @@ def test_a_client_that_leaves_the_queue_never_starts_the_model(subject, loaded, 
     subject.wait_for(cancelled=1, finished=2)
 
 
+@pytest.mark.exhaustive
+@of("chatbot")
+def test_a_client_that_answers_no_ping_has_left_after_40_s(subject):
+    """As that on a laptop that sleeps. uvicorn asks every 20 s and waits for as long."""
+    subject.gate.hold_after(0)
+    staying = subject.call(SHORT, 2)
+    subject.gate.wait("step", 1)
+    url = urlsplit(subject.bot.ws)
+    handshake = [
+        f"GET {url.path} HTTP/1.1",
+        f"Host: {url.netloc}",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+    ]
+    with socket.create_connection((url.hostname, url.port)) as asleep:
+        asleep.sendall("\r\n".join([*handshake, "", ""]).encode())
+        asleep.sendall(b"\x81\x86\0\0\0\0Hello!")  # a text frame
+        subject.gate.wait("submitted", 2)
+        subject.wait_for(cancelled=1)
+    subject.gate.release()
+    assert staying.outcome() == "finished"
+
+
 def differs_in_code(bot: str, moment: str, way: str) -> bool:
     """Moments: how a response begins and ends. Ways: what a WebSocket makes of them."""
     if bot == "chatbot" and moment == "in mid-reply":

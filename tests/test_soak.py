@@ -27,16 +27,17 @@ from serving.arguments import DEFAULT_BATCH_SIZE
 from serving.locating import EMBEDDED
 from serving.wire import CHAT_V1
 
-REQUESTS = {"textbot": 700, "chatbot": 600, "batchbot": 700}
+REQUESTS = dict.fromkeys(["textbot", "chatbot", "batchbot", "continuousbot"], 500)
 CLIENTS = 24  # at once, fewer than any limit of the bots
-LEAVE = 0.35  # at a random moment, which for one in six is too late
+LEAVE = 0.35  # in one of these phases, or a little later
+PHASES = ["queue", "prefill", "first", "last", "random"]
 REFUSED = 0.04
 LONGEST_CHAT = 6
 MAX_NEW_TOKENS = 24
 SAMPLE_EVERY = 50  # requests
 OUTCOMES = ["finished", "failed", "cancelled", "refused"]
-# 2 % of a replica. The allocator moves it by up to 4, in both directions; a bot that lost 20 kB of
-# each of its requests, which are a third of the thousand, would show.
+# 2 % of a replica. The allocator moves it by up to 4, in both directions; a bot that lost 30 kB of
+# each of its requests, which are a quarter of the thousand, would show.
 GROWTH_MB = 7
 # Serve's batching holds the last batch until the next, and pools of threads fill up late. What is
 # left by each request, or by some, would be hundreds.
@@ -55,10 +56,13 @@ Seen = dict[str, list[str]]
 
 
 class Leave(NamedTuple):
-    """When and how a client goes: after so many seconds, or pieces of text."""
+    """When and how a client goes: after so many seconds, or pieces of text, or in a phase."""
 
     seconds: float | None = None
     pieces: int | None = None
+    phase: str = (
+        ""  # "prefill", when the model begins to read it, or "last", when all text is there
+    )
     how: str = "close"  # or "reset", or "stop", which only ends the reply
 
 
@@ -100,23 +104,35 @@ def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
 
 
 def moment(visit: Visit, dice: random.Random) -> Leave:
-    """Before or after the bot has the request, while it waits, or while its reply streams."""
-    how = dice.choice(["close", "reset"])
-    if dice.random() < 0.5:
-        return Leave(pieces=dice.randint(1, 6), how=how)
+    """Before or after the bot has the request, while it waits, is read or its reply streams."""
+    how, phase = dice.choice(["close", "reset"]), dice.choice(PHASES)
+    if phase == "first":
+        return Leave(pieces=1, how=how)
+    if phase == "random":
+        return Leave(pieces=dice.randint(2, 6), how=how)
+    if phase == "last":
+        return Leave(phase=phase, how=how)
     # A reset may destroy what the other side has not read yet. For HTTP, Serve's counters tell;
     # of a prompt over a WebSocket nobody could tell whether it ever came.
-    return Leave(
-        seconds=dice.choice([0.005, 0.05, 0.5]) * dice.random(),
-        how="close" if visit.bot == "chatbot" else how,
-    )
+    how = "close" if visit.bot == "chatbot" else how
+    if phase == "prefill":
+        return Leave(phase=phase, how=how)
+    return Leave(seconds=dice.choice([0.005, 0.05, 0.5]) * dice.random(), how=how)
 
 
 class Clients:
     """Ask the bots at an address, and note what they see."""
 
-    def __init__(self, port: int, after_each: Callable[[int], None] = lambda done: None) -> None:
+    def __init__(
+        self,
+        port: int,
+        begun: socket.socket,  # where the bots tell which requests their models begin to read
+        after_each: Callable[[int], None] = lambda done: None,
+    ) -> None:
         self.port = port
+        self.begun = begun
+        self.when_begun: dict[str, Callable[[], None]] = {}  # by request id
+        self.replies: dict[str, str] = {}  # by prompt, as far as they are known
         self.after_each = after_each  # called with the number of requests that are over
         self.numbers = itertools.count()
         self.seen: dict[str, Seen] = {bot: {} for bot in REQUESTS}
@@ -125,9 +141,20 @@ class Clients:
     async def run(self, visits: list[Visit]) -> None:
         """All visits, a few at a time."""
         waiting = iter(visits)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.begun, self.hear_of_one)
         async with asyncio.timeout(600), asyncio.TaskGroup() as tasks:
             for _ in range(CLIENTS):
                 tasks.create_task(self.visit_all(waiting))
+        loop.remove_reader(self.begun)
+
+    def hear_of_one(self) -> None:
+        self.when_begun.pop(self.begun.recv(1000).decode(), lambda: None)()
+
+    def leave_when_begun(self, name: str, leave: Leave, limit: asyncio.Timeout) -> None:
+        loop = asyncio.get_running_loop()
+        if leave.phase == "prefill":
+            self.when_begun[name] = lambda: limit.reschedule(loop.time())
 
     async def visit_all(self, visits: Iterator[Visit]) -> None:
         for visit in visits:
@@ -147,7 +174,8 @@ class Clients:
     async def post(self, name: str, visit: Visit, leave: Leave) -> str:
         """One prompt over HTTP, which is spoken by hand to see where exactly a body breaks off."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        body = json.dumps({"prompt": visit.prompts[0]}).encode()
+        prompt = visit.prompts[0]
+        body = json.dumps({"prompt": prompt}).encode()
         head = [
             f"POST /soak_{visit.bot}/ HTTP/1.1",
             "Host: localhost",
@@ -156,24 +184,29 @@ class Clients:
             "Connection: close",
         ]
         writer.write("\r\n".join([*head, "", ""]).encode() + body)
-        pieces = 0
+        pieces, text = 0, b""
         try:
-            async with asyncio.timeout(leave.seconds):
+            async with asyncio.timeout(leave.seconds) as limit:
+                self.leave_when_begun(name, leave, limit)
                 status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
                 if status != 200:
                     await reader.read()
                     return "refused" if status < 500 else "failed"
                 while size := int(await reader.readuntil(b"\r\n"), 16):
-                    await reader.readexactly(size + 2)
+                    text += (await reader.readexactly(size + 2))[:-2]
                     pieces += 1
                     if pieces == leave.pieces:
                         return "left"
+                    if leave.phase == "last" and text.decode() == self.replies.get(prompt):
+                        return "left"
+                self.replies[prompt] = text.decode()
                 return "finished"
         except TimeoutError:
             return "left" if pieces else "unheard"
         except (asyncio.IncompleteReadError, ConnectionError):
             return "failed"
         finally:
+            self.when_begun.pop(name, None)
             if leave.how == "reset":
                 reset(writer.transport)
             writer.close()
@@ -192,16 +225,18 @@ class Clients:
                     await websocket.send(frame(prompt, visit.json))
                     outcomes.append("left")
             leaves_at = asyncio.get_running_loop().time() + (leave.seconds or HANG_S)
-            pieces = 0
+            pieces, text = 0, ""
             for number, prompt in enumerate(prompts):
                 if not visit.ahead:
                     await websocket.send(frame(prompt, visit.json))
                     outcomes.append("left")
                 try:
-                    async with asyncio.timeout_at(leaves_at):
-                        while (seen := await receive(websocket, visit.json)) is None:
-                            pieces += 1
-                            if pieces != leave.pieces:
+                    async with asyncio.timeout_at(leaves_at) as limit:
+                        self.leave_when_begun(name, leave, limit)
+                        while not isinstance(seen := await receive(websocket, visit.json), Outcome):
+                            pieces, text = pieces + 1, text + seen
+                            complete = number == 0 and text == self.replies.get(prompt)
+                            if pieces != leave.pieces and not (leave.phase == "last" and complete):
                                 continue
                             if leave.how == "stop":
                                 await websocket.send('{"type": "stop"}')
@@ -210,12 +245,12 @@ class Clients:
                                 reset(websocket.transport)
                             return outcomes
                 except TimeoutError:
-                    assert leave.seconds is not None, "the bot hangs"
+                    assert leave.seconds is not None or leave.phase == "prefill", "the bot hangs"
                     return outcomes
                 except ConnectionClosed as closed:
                     outcomes[number] = "failed" if closed.rcvd.code == 1011 else "refused"
                     return outcomes
-                outcomes[number] = seen
+                outcomes[number] = seen.name
             return outcomes
 
 
@@ -232,19 +267,23 @@ def frame(prompt: str, as_json: bool) -> str | bytes:
     return json.dumps({"type": "prompt", "prompt": prompt}) if as_json else prompt
 
 
-async def receive(websocket: ClientConnection, as_json: bool) -> str | None:
-    """The outcome of a reply that is over, None for a piece of one."""
+class Outcome(NamedTuple):
+    name: str
+
+
+async def receive(websocket: ClientConnection, as_json: bool) -> Outcome | str:
+    """The outcome of a reply that is over, or a piece of one."""
     text = await websocket.recv()
     if not as_json:
-        return "finished" if text == "<>" else None
-    match json.loads(text):
+        return Outcome("finished") if text == "<>" else text
+    match message := json.loads(text):
         case {"type": "done", "finish_reason": "cancelled"}:
-            return "cancelled"
+            return Outcome("cancelled")
         case {"type": "done"}:
-            return "finished"
+            return Outcome("finished")
         case {"type": "error", "detail": detail}:
-            return "failed" if detail.startswith("the reply failed") else "refused"
-    return None
+            return Outcome("failed" if detail.startswith("the reply failed") else "refused")
+    return message.get("text", "")
 
 
 class Counts(NamedTuple):
@@ -312,10 +351,14 @@ class Soak:
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.begun = socket.socket(type=socket.SOCK_DGRAM)
+        self.begun.bind(("127.0.0.1", 0))
         targets = []
         for bot, original in SOAKED.items():
             app = original.options(func_or_class=bot).bind(
-                model=EMBEDDED, max_new_tokens=MAX_NEW_TOKENS
+                begun_port=self.begun.getsockname()[1],
+                model=EMBEDDED,
+                max_new_tokens=MAX_NEW_TOKENS,
             )
             name = f"soak_{original.name.lower()}"
             targets.append(serve.RunTarget(app, name=name, route_prefix=f"/{name}"))
@@ -366,7 +409,8 @@ def cells(label: str, values: Iterable[Any]) -> str:
 @pytest.mark.slow
 def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
     soak = Soak(port)
-    before = soak.run(Clients(port), plan(dict.fromkeys(REQUESTS, 70), random.Random(1)))
+    some = plan(dict.fromkeys(REQUESTS, 70), random.Random(1))
+    before = soak.run(Clients(port, soak.begun), some)
     processes = {bot: psutil.Process(report.pid) for bot, report in before.items()}
     memory: dict[str, dict[int, float]] = {bot: {} for bot in REQUESTS}
 
@@ -375,7 +419,7 @@ def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
             for bot, process in processes.items():
                 memory[bot][done] = process.memory_full_info().uss / 1e6
 
-    clients = Clients(port, measure)
+    clients = Clients(port, soak.begun, measure)
     after = soak.run(clients, plan(REQUESTS, random.Random(2)))
 
     counted, seen = soak.counted, clients.seen
@@ -386,6 +430,7 @@ def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
     wrong = {bot: mismatches(seen[bot], after[bot]) for bot in REQUESTS}
     trend = {bot: trend_of_second_thousand(memory[bot]) for bot in REQUESTS}
     open_at_end = until(lambda: connections(port), 0)
+    soak.begun.close()
 
     numbers: dict[str, dict[str, int]] = {
         "prompts sent": {bot: saw[bot].total() for bot in REQUESTS},
@@ -399,6 +444,10 @@ def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
         "generations": {bot: after[bot].generations for bot in REQUESTS},
         "  made to fail": {bot: after[bot].failures for bot in REQUESTS},
         "    in the middle of so many replies": {bot: after[bot].failing for bot in REQUESTS},
+        **{
+            f"left, or stopped: {phase}": {b: after[b].left_in.get(phase, 0) for b in REQUESTS}
+            for phase in ("queue", "prefill", "tokens", "end")
+        },
     }
     states: dict[str, Callable[[Report], int]] = {
         "threads of Python, before and after": lambda report: len(report.threads),
@@ -422,6 +471,9 @@ def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
         came = saw[bot].total() - never_came[bot]
         claims = {
             f"each request has one outcome, as its client saw it {wrong[bot][:3]}": not wrong[bot],
+            f"some leave in each phase {after[bot].left_in}": all(
+                after[bot].left_in.get(phase) for phase in ("queue", "prefill", "tokens")
+            ),
             "all outcomes occur": all(counted.outcomes[bot][outcome] for outcome in OUTCOMES),
             f"Ray's counters have what was counted {noted[bot]}": counted.outcomes[bot]
             == noted[bot],
