@@ -165,6 +165,6 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
 
         A reply that is complete stays so.
         """
-        if not self.cancelled and not self.text.ended.is_set():
+        if not self.unread and not self.text.ended.is_set():
             self.cancelled = True
             self.text.end()

@@ -277,14 +277,16 @@ def test_text_in_json_frames_is_the_text(chunks):
 @given(text=json_texts)
 @example('{"type": "prompt", "prompt": "Hello!"}')
 @example('{"type": "stop"}')
-def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_refused(text):
+@example('{"type": "ping"}')
+def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text):
     try:
         request = JsonWire(Socket(), LIMITS, OPTIONS, []).read({"text": text})
     except REFUSALS as error:
         assert str(error)
         return
-    if request is None:
-        assert json.loads(text) == {"type": "stop"}
+    if isinstance(request, str):
+        assert json.loads(text) == {"type": request}
+        assert request in ("stop", "ping")
     else:
         assert isinstance(request, TextRequest)
         assert request.prompt.strip()

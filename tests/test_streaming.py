@@ -107,15 +107,20 @@ def test_a_reply_is_cancelled_once_however_often_it_is_said(emoji):
     asyncio.run(cancel())
 
 
-def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji):
+@pytest.mark.parametrize("reads_before", [True, False])
+def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji, reads_before):
     async def test() -> str:
         streamer = ReplyStreamer(emoji.tokenizer)
         for token in emoji.tokenizer("Hi")["input_ids"]:
             streamer.add(token)
         streamer.end()
-        await asyncio.sleep(0)  # the loop learns of it; nobody has read it yet
-        streamer.cancel()
-        assert [text async for text in streamer] == ["Hi"]
+        if reads_before:  # the loop learns of it
+            assert [text async for text in streamer] == ["Hi"]
+            streamer.cancel()
+        else:
+            await asyncio.sleep(0)
+            streamer.cancel()
+            assert [text async for text in streamer] == ["Hi"]
         return streamer.finish_reason([])
 
     assert asyncio.run(test()) == "length"
