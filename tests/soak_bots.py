@@ -86,7 +86,7 @@ class Soaked:
         cancel = streamer.cancel
 
         def note_and_cancel() -> None:
-            if not streamer.unread:
+            if streamer in self.names and not streamer.unread:
                 ended = streamer.text.ended.is_set()
                 self.note_phase(streamer, len(streamer.token_times), ended)
             self.names.pop(streamer, None)
@@ -195,6 +195,9 @@ class SoakedChatbot(Soaked, Chatbot.func_or_class):
 
 
 class SoakedBatchbot(Soaked, Batchbot.func_or_class):
+    def watch_cancelling(self) -> None:
+        """Its rows are known to `stream_row`."""
+
     def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
         self.rows = rows
         self.tell_begun(rows)
