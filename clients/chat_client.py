@@ -6,7 +6,9 @@ printf 'Space the final\n These are the voyages\n' | python clients/chat_client.
 import argparse
 import json
 import os
+import ssl
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
@@ -19,6 +21,7 @@ from websockets.typing import Subprotocol
 
 CHAT_V1 = Subprotocol("chat.v1")
 RESTARTING = 1012  # a close code: this replica ends, and has not answered; another one will
+TRIES, RETRY_S = 10, 0.5  # replicas may end one after the other
 STOP = json.dumps({"type": "stop"})
 
 
@@ -28,6 +31,9 @@ class ReplyError(Exception):
 
 class NotAnswered(Exception):
     """The replica has ended before it replied; another one can be asked."""
+
+    def __init__(self, closed: ConnectionClosed) -> None:
+        self.closed = closed
 
 
 def ask(
@@ -57,14 +63,13 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
     ending, shown, dropped = "", False, 0
 
     def stop() -> None:
-        nonlocal ending
-        ending = " (stopped)"
         with suppress(WebSocketException):  # who reads the reply learns of it, too
             websocket.send(STOP)
 
     def tell(message: dict[str, Any]) -> None:
-        nonlocal dropped
+        nonlocal dropped, ending
         dropped = message.get("dropped", 0)
+        ending = " (stopped)" if message.get("finish_reason") == "cancelled" else ""
         if message.get("ahead") and is_typed():
             print(f"({message['ahead']} ahead)", file=sys.stderr)
 
@@ -84,7 +89,7 @@ def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
         except ConnectionClosed as closed:
             if shown or closed.rcvd is None or closed.rcvd.code != RESTARTING:
                 raise
-            raise NotAnswered from closed
+            raise NotAnswered(closed) from None
 
 
 def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
@@ -106,15 +111,19 @@ def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
         for prompt in prompts():
             if prompt is None:  # a new conversation is a new connection
                 websocket.close()
+                wait_until_ready(options, headers)
                 websocket = begin()
                 continue
-            if websocket.close_code is not None:  # while nothing was asked
-                websocket = begin_again()
-            try:
-                well &= print_reply(websocket, prompt, options.end_of_response)
-            except NotAnswered:
-                websocket = begin_again()
-                well &= print_reply(websocket, prompt, options.end_of_response)
+            for more_tries in reversed(range(TRIES)):
+                if websocket.close_code is not None:
+                    websocket = begin_again()
+                try:
+                    well &= print_reply(websocket, prompt, options.end_of_response)
+                    break
+                except NotAnswered as error:
+                    if not more_tries:
+                        raise error.closed from None
+                    time.sleep(RETRY_S)
     return well
 
 
@@ -135,6 +144,8 @@ def main() -> None:
         print()
         code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
         sys.exit(printable(f"{options.url} closed the connection: {code} {reason}").rstrip())
+    except ssl.SSLError as error:
+        sys.exit(f"cannot chat with {options.url}: {error}")
     except OSError:
         sys.exit(f"nothing answers at {options.url}: is a bot running? (serve run chatbot:app)")
     except WebSocketException as error:

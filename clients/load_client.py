@@ -25,11 +25,12 @@ from rich.text import Text
 from stream_client import Refused
 from stream_client import ask as ask_over_http
 from tokenizers import Tokenizer
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 PROMPTS = ["Tell me a story about dogs.", "Tell me a joke.", "Space the final", "Hello!"]
 EMBEDDED = Path(__file__).parent.parent / "models" / "tiny-dialog"
+REFUSED = {1003, 1007, 1009, 1012, 1013}  # a Chatbot's close codes, but for failures
 LINES = 3  # of a reply that are shown, its last
 
 
@@ -53,8 +54,13 @@ class Row:
                 self.first = self.first or (time.monotonic() if piece else None)
                 self.text += piece
             self.outcome = "finished"
-        except (Refused, InvalidStatus):
-            self.outcome = "refused"
+        except Refused as answer:
+            self.outcome = outcome_of(answer.status)
+        except InvalidStatus as answer:
+            self.outcome = outcome_of(answer.response.status_code)
+        except ConnectionClosedError as closed:
+            code = closed.rcvd.code if closed.rcvd else 1006
+            self.outcome = "refused" if code in REFUSED else f"failed: closed with {code}"
         except ReplyError as error:
             self.outcome = str(error)
         except Exception as error:  # whatever it is, it is this row's outcome
@@ -66,6 +72,10 @@ class Row:
         if self.outcome:
             return self.outcome
         return "replying" if self.first else "waiting" if self.asked else ""
+
+
+def outcome_of(status: int) -> str:
+    return f"failed: {status}" if status >= 500 and status != 503 else "refused"
 
 
 def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> Iterator[str]:

@@ -11,17 +11,23 @@ from typing import Any
 
 import requests
 from reaching import add_options, authorization, keep, printable, show, wait_until_ready
+from urllib3.exceptions import ProtocolError
 
 
 class Refused(Exception):
-    """The bot's answer to what it does not reply to."""
+    """The bot's answer, of an HTTP status, to what it does not reply to."""
+
+    def __init__(self, problem: str, status: int) -> None:
+        super().__init__(problem)
+        self.status = status
 
 
 def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[str]:
     """Send a prompt, and yield its reply piece by piece."""
     with requests.post(url, json=body, headers=headers, auth=keep, stream=True) as response:
         if not response.ok:
-            raise Refused(f"{url} answered {response.status_code}: {response.text}")
+            status = response.status_code
+            raise Refused(f"{url} answered {status}: {response.text}", status)
         for text in response.iter_content(chunk_size=None, decode_unicode=True):
             assert isinstance(text, str)  # since it is decoded
             yield text
@@ -50,7 +56,11 @@ def main() -> None:
     except requests.exceptions.ChunkedEncodingError:
         print()
         sys.exit(f"{options.url} failed in the middle of the reply")
-    except requests.ConnectionError:
+    except requests.exceptions.SSLError as error:
+        sys.exit(f"cannot ask {options.url}: {error}")
+    except requests.ConnectionError as error:
+        if isinstance(error.args[0], ProtocolError):
+            sys.exit(f"{options.url} closed the connection before it answered")
         sys.exit(f"nothing answers at {options.url}: is a bot running? (serve run textbot:app)")
     except requests.RequestException as error:
         sys.exit(f"cannot ask {options.url}: {error}")

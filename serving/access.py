@@ -38,16 +38,23 @@ def _split(value: Any) -> Any:
 
 
 def _check_host(host: str) -> str:
-    if not re.fullmatch(r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]", host):
-        raise ValueError(f"{host!r} is no host: a name or address without a port, *.name, or *")
+    if not re.fullmatch(r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]", host, re.ASCII):
+        raise ValueError(
+            f"{host!r} is no host: a name (xn--... if not ASCII) or address without a port, "
+            "*.name, or *"
+        )
     return host
 
 
 def _check_origin(origin: str) -> str:
     origin = origin.lower()  # as browsers send it
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin):
-        raise ValueError(f"{origin!r} is no origin, such as https://chat.example.org, nor *")
-    return origin
+    known = origin.isascii() and re.fullmatch(r"\*|[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin)
+    if not known:
+        raise ValueError(
+            f"{origin!r} is no origin, such as https://chat.example.org (xn--... if not ASCII), "
+            "nor *"
+        )
+    return re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin)
 
 
 class Access(BaseModel, extra="forbid"):

@@ -136,6 +136,13 @@ def test_an_allowed_origin_may_read_the_answer_and_ask_before_with_no_key(tmp_pa
     assert headers["access-control-expose-headers"] == "X-Model"
 
 
+@pytest.mark.parametrize("origin", ["https://chat.example.org", "http://chat.example.org"])
+def test_an_allowed_origin_may_name_the_default_port_of_its_scheme(origin):
+    port = ":443" if origin.startswith("https") else ":80"
+    assert answer(Access(allowed_origins=[origin + port]), {"Origin": origin})[0] == 200
+    assert answer(Access(allowed_origins=[origin + ":81"]), {"Origin": origin})[0] == 403
+
+
 def test_without_allowed_origins_no_page_may_read_an_answer():
     _, headers, _ = answer(Access(), {"Origin": f"http://{HOST}"})
     assert "access-control-allow-origin" not in headers
@@ -257,6 +264,8 @@ def test_the_key_stays_in_its_file_until_a_replica_reads_it(tmp_path, monkeypatc
         {"allowed_origins": "chat.example.org"},
         {"allowed_origins": "https://chat.example.org/"},
         {"allowed_origins": ["null"]},
+        {"allowed_origins": ["https://bücher.example"]},
+        {"allowed_hosts": ["bücher.example"]},
         {"allowed_origins": ["https://*.example.org"]},
     ],
 )

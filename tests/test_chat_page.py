@@ -215,10 +215,10 @@ def test_a_connection_on_which_nothing_comes_any_more_is_seen_as_lost(page, chat
     visit(page, chatbot)
     for number in range(3):  # as long as the bot is there, its pongs come
         page.clock.run_for(PING_MS)
-        while len(relay.sent) <= number:
+        while len(relay.sent) < number + 2:  # with that before it was ready
             page.wait_for_timeout(1)
     expect(page.get_by_role("status")).to_have_text("ready")
-    assert relay.sent == ['{"type": "pong"}'] * 3
+    assert relay.sent == ['{"type": "pong"}'] * 4
     relay.dead = True
     page.clock.run_for(2 * PING_MS)
     expect(page.get_by_role("status")).to_have_text("disconnected: nothing comes any more")
@@ -241,6 +241,30 @@ def test_a_bot_that_nobody_uses_is_not_woken_before_somebody_types(page, chatbot
     page.keyboard.type("Hi")
     expect(page.get_by_role("status")).to_have_text("ready")
     assert len(relay.routes) == 2
+
+
+def test_a_message_that_was_not_answered_is_there_to_be_sent_again(page, chatbot):
+    chatbot.gate.hold_after(0)
+    relay = Relay(page)
+    visit(page, chatbot)
+    say(page, HELLO)
+    chatbot.gate.wait("step", 1)
+    relay.routes[0].close(code=1012, reason="this replica ends")
+    expect(page.get_by_label("Your message")).to_have_value(HELLO)
+    expect(page.locator(".note", has_text="not answered")).to_have_count(1)
+    chatbot.gate.open()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    page.get_by_role("button", name="Send").click()
+    expect(last_reply(page)).to_have_class("reply")
+    expect(page.get_by_label("Your message")).to_have_value("")
+
+
+def test_a_bot_that_is_full_is_never_ready(page, chatbot):
+    page.route_web_socket(re.compile("^ws:"), lambda route: route.close(code=1013, reason="full"))
+    page.add_init_script(f"addEventListener('DOMContentLoaded', () => {{{RECORD_STATES}}})")
+    page.goto(chatbot.http)
+    expect(page.get_by_role("status")).to_have_text("disconnected: full")
+    assert "ready" not in page.evaluate("states")
 
 
 def test_what_the_model_has_forgotten_is_told(page, chatbot):

@@ -21,6 +21,8 @@ from bot_fixtures import (
     free_port,
     reference,
 )
+from load_client import Row, outcome_of
+from load_client import parser as load_client_parser
 from products import cases
 from reaching import printable
 from terminal import HELP
@@ -322,6 +324,15 @@ def test_a_reply_of_a_chat_that_fails_is_one_line_and_status_1_and_the_rest_come
 
 
 @contextmanager
+def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of something that answers as it likes."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@contextmanager
 def chat_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
     """The URL of something that speaks chat.v1, and answers a probe."""
 
@@ -345,7 +356,7 @@ def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
 
     def answer(websocket: ServerConnection) -> None:
         told.append(websocket.recv())
-        if len(told) == 1:
+        if len(told) <= 2:  # one after the other
             websocket.close(1012, "this replica ends")
         else:
             websocket.send('{"type": "text", "text": "Hi!"}')
@@ -355,8 +366,8 @@ def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
     with chat_server(answer) as url:
         ran = run(CHAT, "--url", url, stdin="Hello!\n")
     assert (ran.stdout, ran.returncode) == ("Hi!\n", 0)
-    assert ran.stderr == "(connected again: a new conversation)\n"
-    assert [json.loads(message)["prompt"] for message in told] == ["Hello!", "Hello!"]
+    assert ran.stderr == 2 * "(connected again: a new conversation)\n"
+    assert [json.loads(message)["prompt"] for message in told] == ["Hello!"] * 3
 
 
 def test_a_key_goes_before_one_that_netrc_has_for_the_host(bots: Bots, tmp_path, monkeypatch):
@@ -366,6 +377,44 @@ def test_a_key_goes_before_one_that_netrc_has_for_the_host(bots: Bots, tmp_path,
     bot = bots.emoji_chatbot
     options = ["--url", bot.http, "--api-key-file", str(tmp_path / "key"), "--wait", "0"]
     assert "405" in run(STREAM, *options).stderr  # not 401: there is no POST here, but a page
+
+
+@pytest.mark.parametrize(("script", "scheme"), [(STREAM, "https"), (CHAT, "wss")])
+def test_a_server_without_tls_is_told_as_that(bots: Bots, script, scheme):
+    url = f"{scheme}://{bots.textbot.address}"
+    ran = run(script, "--url", url, "--wait", "0", stdin="Hello!\n")
+    assert ran.stderr.startswith(f"cannot {'ask' if script == STREAM else 'chat with'} {url}: ")
+    assert ("SSL" in ran.stderr, ran.returncode) == (True, 1)
+
+
+def test_a_server_that_closes_without_an_answer_is_told_as_that():
+    class Closing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(405)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.close_connection = True
+
+    with http_server(Closing) as url:
+        assert (
+            run(STREAM, "--url", url).stderr == f"{url} closed the connection before it answered\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"), [(1013, "refused"), (1009, "refused"), (1011, "failed: closed with 1011")]
+)
+def test_the_load_client_knows_a_refusal_by_its_code(code, outcome):
+    def close(websocket: ServerConnection) -> None:
+        websocket.close(code)
+
+    row = Row("Hello!")
+    with chat_server(close) as url:
+        row.run(load_client_parser().parse_args(["--url", url]), {}, 0)
+    assert row.outcome == outcome
+    statuses = [outcome_of(status) for status in (422, 500, 503)]
+    assert statuses == ["refused", "failed: 500", "refused"]
 
 
 @pytest.mark.parametrize("wrong", [["--number", "0"], ["--apart", "-1"], ["--apart", "nan"]])
@@ -397,11 +446,8 @@ def test_what_a_server_says_of_a_refusal_cannot_command_a_terminal():
 
         do_GET = do_POST
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server, ThreadPoolExecutor(1) as thread:
-        thread.submit(server.serve_forever)
-        url = f"http://127.0.0.1:{server.server_port}/"
+    with http_server(Refusing) as url:
         ran = run(STREAM, "--url", url)
-        server.shutdown()
     assert ran.stderr == f"{url} answered 422: [2Jno\n"
 
 
