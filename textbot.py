@@ -96,7 +96,7 @@ class Textbot:
             async for text in streamer:
                 yield text
         finally:
-            streamer.cancel()
+            self.model_thread.cancel(streamer)
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
     async def check_health(self) -> None:

@@ -64,7 +64,7 @@ class ContinuousBatch:
         self.check()
         self.added += 1
         request = str(self.added)
-        if not self.streamers:
+        if not self.waiting.members and not self.running.members:
             self.note_progress()
         self.streamers[streamer] = request
         self.waiting.add(streamer)
@@ -98,7 +98,7 @@ class ContinuousBatch:
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
         """Called with all tokens of a reply so far, whenever there is one more."""
-        if streamer not in self.streamers or streamer.decoder.stopped:
+        if streamer not in self.waiting.members | self.running.members:
             return
         self.waiting.discard(streamer)
         self.running.add(streamer)
@@ -109,10 +109,14 @@ class ContinuousBatch:
         try:
             for token in output.generated_tokens[len(streamer.token_times) :]:
                 streamer.add(token)
-            if output.is_finished() or streamer.decoder.stopped:
-                streamer.end()
+            if not (output.is_finished() or streamer.decoder.stopped):
+                return
+            streamer.end()
         except Exception as error:  # concerns this reply alone
             streamer.fail(error)
+        # Its place is free, though its client may take long to read it.
+        self.running.discard(streamer)
+        self.manager.cancel_request(self.streamers[streamer])
 
     def note_progress(self) -> None:
         self.progress = time.monotonic()
@@ -123,7 +127,7 @@ class ContinuousBatch:
 
     def _watch(self) -> None:
         self.watched = False
-        if not self.streamers:
+        if not self.waiting.members and not self.running.members:
             return  # until the next one is added
         left = self.progress + self.stall_timeout_s - time.monotonic()
         if left > 0:

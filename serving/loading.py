@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -81,7 +82,11 @@ def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
         config = AutoConfig.from_pretrained(source.place, **source.options)
     except Exception as error:
         raise source.problem("the configuration cannot be read", error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    # Encoders such as BERT read what comes after a token, too, unless they are told not to.
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
+        getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder:
         raise source.problem(f"{config.model_type} is not a causal language model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -58,10 +57,8 @@ class ModelThread:
         self.stall_timeout_s = stall_timeout_s
         self.max_waiting = max_waiting
         self.report_waiting = report_waiting  # called when the line has moved
-        self.jobs: SimpleQueue[tuple[Streamer, Callable[..., None], tuple[Any, ...]]] = (
-            SimpleQueue()
-        )
-        self.waiting: list[Streamer] = []
+        self.jobs: dict[Streamer, tuple[Callable[..., None], tuple[Any, ...]]] = {}  # in line
+        self.new_job = threading.Condition()  # and the lock of `jobs`
         self.running: Streamer | None = None
         self.progress = 0.0  # when there last was some, by time.monotonic
         self.error: ModelStalled | None = None
@@ -77,16 +74,13 @@ class ModelThread:
         Raises TooManyWaiting and ModelStalled.
         """
         self.check()
-        # Those whose reader has left keep their place in the list until their turn.
-        if self.max_waiting is not None and (
-            count_read(self.waiting) >= self.max_waiting
-            or len(self.waiting) >= 10 * self.max_waiting
-        ):
+        if self.max_waiting is not None and len(self.jobs) >= self.max_waiting:
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
-        if self.running is None and not self.waiting:
-            self.note_progress()
-        self.waiting.append(streamer)
-        self.jobs.put((streamer, generate, arguments))
+        with self.new_job:
+            if self.running is None and not self.jobs:
+                self.note_progress()
+            self.jobs[streamer] = generate, arguments
+            self.new_job.notify()
         self._line_moved()
         if not self.watched:
             self._watch_in(self.stall_timeout_s)
@@ -100,13 +94,15 @@ class ModelThread:
             if ahead != told:
                 told = ahead
                 yield ahead
-            elif streamer in self.waiting:
+            elif streamer in self.jobs:
                 await self.moved.wait()
             else:
                 return
 
     def cancel(self, streamer: Streamer) -> None:
         """Stop its run, or leave its place to those behind it."""
+        with self.new_job:
+            self.jobs.pop(streamer, None)
         streamer.cancel()
         self._line_moved()
 
@@ -120,10 +116,11 @@ class ModelThread:
             raise ModelStalled(*self.error.args)
 
     def _there(self) -> list[Streamer]:
-        return [*filter(None, [self.running]), *self.waiting]
+        with self.new_job:
+            return [*filter(None, [self.running]), *self.jobs]
 
     def _line_moved(self) -> None:
-        self.report_waiting(count_read(self.waiting))
+        self.report_waiting(len(self.jobs))
         self.moved.set()
         self.moved = asyncio.Event()
 
@@ -136,7 +133,7 @@ class ModelThread:
 
     def _watch(self) -> None:
         self.watched = False
-        if self.running is None and not self.waiting:
+        if self.running is None and not self.jobs:
             return  # until the next one is submitted
         left = self.progress + self.stall_timeout_s - time.monotonic()
         if left > 0:
@@ -152,20 +149,20 @@ class ModelThread:
         logger.error(f"{error}; Serve will replace this replica")
         for streamer in self._there():
             streamer.fail(error)
-            streamer.cancel()
-        self._line_moved()
+            self.cancel(streamer)
 
     # Called in the model's thread
 
     def _run(self) -> None:
         while True:
-            streamer, generate, arguments = self.jobs.get()
-            self.note_progress()
-            self.running = streamer
-            self.waiting.remove(streamer)
+            with self.new_job:
+                self.new_job.wait_for(lambda: self.jobs)
+                self.note_progress()
+                streamer = self.running = next(iter(self.jobs))
+                generate, arguments = self.jobs.pop(streamer)
             try:
                 self._on_loop(self._line_moved)
-                if streamer.unread:  # its reader left while it waited
+                if streamer.unread:  # its readers have just left
                     streamer.end()
                 else:
                     generate(*arguments, streamer)
@@ -182,8 +179,8 @@ class ModelThread:
                 self._on_loop(self._give_up, death)
                 return
             self.note_progress()
-            self.running = None
             self._on_loop(self._recover)  # if it had stalled, it was only slow
+            self.running = None
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: the process ends
@@ -196,7 +193,7 @@ class ModelThread:
 
 
 def count_read(streamers: list[Streamer]) -> int:
-    return sum(not streamer.unread for streamer in list(streamers))
+    return sum(not streamer.unread for streamer in streamers)
 
 
 def watch_layers(model: PreTrainedModel, note_progress: Callable[[], None]) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-LENGTH = 4  # tokens, of the prompts that are tried and of the padding before one
+from serving.sampling import Sampler, SampleRows
 
-# Of the logits' standard deviation. What must not matter changes them by rounding alone, which is
-# 1e-7 of it in float32 and 1e-2 in bfloat16; what does matter, by about as much as it.
-TOLERANCE = 0.1
+LENGTH = 4  # tokens, of the prompts that are tried and of the padding before one
+STEPS = 4  # tokens of the replies that are tried
+
+# Of the logits' standard deviation, by the bytes of a number. What must not matter changes them by
+# rounding alone, 1e-6 of it in float32 and 1e-2 in bfloat16; what does, by 2e-3 of it at least.
+TOLERANCE = {4: 1e-3, 2: 0.1}
 
 
 def check_padding(model: PreTrainedModel) -> None:
@@ -22,8 +25,11 @@ def check_padding(model: PreTrainedModel) -> None:
     # Not in this thread: one that has computed keeps its OpenMP threads, with which those of the
     # model's thread would have to share the cores.
     with ThreadPoolExecutor(1) as thread:
-        alone, padded = (thread.submit(try_padding, model, pads).result() for pads in (0, LENGTH))
-    if not are_alike(padded, alone):
+        alone, *padded = (
+            thread.submit(logits_of_reply, model, LENGTH, pads).result()
+            for pads in (0, LENGTH // 2, 4 * LENGTH)
+        )
+    if not all(are_alike(logits, alone, model.dtype) for logits in padded):
         raise ValueError(
             f"transformers cannot batch {model.config.model_type}: it reads the padding before "
             "short prompts, so that replies would depend on the rest of the batch; the Textbot and "
@@ -40,13 +46,44 @@ def can_cut_cache(model: PreTrainedModel) -> bool:
         return thread.submit(try_cut, model).result()
 
 
-def try_padding(model: PreTrainedModel, pads: int) -> torch.Tensor:
-    """The logits that follow a prompt with so many pads before it, shape (vocabulary size,)."""
-    prompt = torch.arange(LENGTH, device=model.device)[None]
+class Recorder(Sampler):
+    """Keeps the logits of a reply, and has always the same tokens follow, which do not end it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        its = model.generation_config.eos_token_id
+        ends = {its} if isinstance(its, int) else set(its or ())
+        self.tokens = [token for token in range(STEPS + len(ends)) if token not in ends]
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        self.steps.append(logits.float().clone())
+        scores = torch.zeros_like(logits)
+        scores[self.tokens[len(self.steps) % len(self.tokens)]] = 1
+        return scores
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Shape (steps, vocabulary size)."""
+        return torch.stack(self.steps[:STEPS])
+
+
+def prompt_of(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """Token ids that differ, of shape (1, length)."""
+    known = model.get_input_embeddings().num_embeddings
+    return torch.arange(length, device=model.device)[None] % known
+
+
+def logits_of_reply(model: PreTrainedModel, length: int, pads: int = 0) -> torch.Tensor:
+    """Those of a reply to a prompt of such a length, with so many pads before it."""
+    recorder, prompt = Recorder(model), prompt_of(model, length)
     pad = model.generation_config.pad_token_id
-    mask = torch.nn.functional.pad(torch.ones_like(prompt), (pads, 0))
-    prompt = torch.nn.functional.pad(prompt, (pads, 0), value=pad)
-    return next_token(model, prompt, mask).logits[0][0].float()
+    model.generate(
+        torch.nn.functional.pad(prompt, (pads, 0), value=pad),
+        attention_mask=torch.nn.functional.pad(torch.ones_like(prompt), (pads, 0)),
+        max_new_tokens=STEPS,
+        logits_processor=[SampleRows([recorder])],
+    )
+    return recorder.logits
 
 
 def try_cut(model: PreTrainedModel) -> bool:
@@ -61,7 +98,7 @@ def try_cut(model: PreTrainedModel) -> bool:
         cut = next_token(model, going_on, mask, past_key_values=cache)
     except Exception:
         return False
-    return are_alike(cut.logits[0], next_token(model, going_on, mask).logits[0])
+    return are_alike(cut.logits[0], next_token(model, going_on, mask).logits[0], model.dtype)
 
 
 def next_token(
@@ -78,12 +115,12 @@ def next_token(
     )
 
 
-def are_alike(some: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether logits differ by rounding alone."""
+def are_alike(some: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits that were computed in such numbers differ by rounding alone."""
     known = others.isfinite()  # tokens that a model never writes are minus infinity
     difference, spread = (some - others)[known].float(), others[known].float()
     return bool(
         known.any()
         and torch.equal(known, some.isfinite())
-        and difference.std() <= TOLERANCE * spread.std()
+        and difference.std() <= TOLERANCE[dtype.itemsize] * spread.std()
     )

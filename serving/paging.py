@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.utils import (
     find_num_key_value_heads,
 )
 
+from serving.padding import LENGTH, STEPS, Recorder, are_alike, logits_of_reply, prompt_of
 from serving.sampling import Sampler, SampleRows
 
 TOKENS_PER_ROW = 256  # of the cache, if all rows are taken
@@ -70,7 +71,8 @@ def start_manager(
     def start() -> None:
         try:
             manager.warmup()  # allocates the cache
-            try_out(manager, model.config.model_type)
+            manager.start()
+            try_out(manager, model, context)
         except Exception as problem:
             problems.append(problem)
 
@@ -86,27 +88,28 @@ def start_manager(
     return manager
 
 
-def try_out(manager: ContinuousBatchingManager, model_type: str) -> None:
-    """Start, and write two tokens: some models cannot, some ignore the cache and write nonsense."""
-    cache = manager.batch_processor.cache
-    update, updated = cache.update, threading.Event()
-
-    def watched(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        updated.set()
-        return update(*arguments, **options)
-
-    cache.update = watched
-    manager.start()
-    manager.add_request([0, 0], max_new_tokens=2, sampler=None)
-    while (output := manager.get_result(timeout=1)) is None and manager.is_running():
-        pass
-    cache.update = update
-    problem = output.error if output else "the model's thread has ended"
-    if not problem and not updated.is_set():
-        problem = "its attention does not use the cache that all requests share"
+def try_out(manager: ContinuousBatchingManager, model: PreTrainedModel, context: int) -> None:
+    """Write two replies together: some models cannot, and some write nonsense then."""
+    # Shorter than a page, or the manager would keep it for prompts that begin alike.
+    lengths = {LENGTH, min(PAGE_SIZE - 2 * STEPS, context - STEPS)}
+    recorders = {length: Recorder(model) for length in lengths}
+    for length, recorder in recorders.items():
+        prompt = prompt_of(model, length)[0].tolist()
+        manager.add_request(prompt, max_new_tokens=STEPS, sampler=recorder)
+    problem = None
+    for _ in recorders:
+        while (output := manager.get_result(timeout=1)) is None and manager.is_running():
+            pass
+        problem = problem or (output.error if output else "the model's thread has ended")
+    if not problem and not all(
+        are_alike(recorder.logits, logits_of_reply(model, length), model.dtype)
+        for length, recorder in recorders.items()
+    ):
+        problem = "replies would depend on the rest of the batch"
     if problem:
         raise ValueError(
-            f"transformers cannot batch {model_type} continuously: {problem}; the Batchbot can"
+            f"transformers cannot batch {model.config.model_type} continuously: {problem}; "
+            "the Textbot can use it"
         )
 
 

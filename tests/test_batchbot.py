@@ -306,17 +306,16 @@ def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loa
 @pytest.mark.parametrize(
     ("config", "goes_on"),
     [
-        (MINIMAX, False),
         (MAMBA, False),
         (OPENAI_GPT, False),
         (RECURRENT_GEMMA, False),
         (GPT_NEO, True),
     ],
-    ids=["minimax", "mamba", "openai-gpt", "recurrent-gemma", "gpt-neo"],
+    ids=["mamba", "openai-gpt", "recurrent-gemma", "gpt-neo"],
 )
 def test_rows_end_apart_whatever_the_cache_is(config, goes_on, bots: Bots, run_other, tmp_path):
-    """`reorder_cache` cuts a part of MiniMax's only, and GPT's is empty. Mamba reads everything
-    again on top of its own, and RecurrentGemma keeps its state elsewhere."""
+    """GPT's is empty, Mamba reads everything again on top of its own, and RecurrentGemma keeps its
+    state elsewhere."""
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
     bot = run_other(batchbot_of(config, tmp_path, 3))
     read: list[int] = []  # tokens in each step
@@ -400,6 +399,12 @@ def test_a_model_that_reads_padding_is_known_by_its_logits(config, dtype, tmp_pa
     save_random_model(config, tmp_path)
     with pytest.raises(ValueError, match=f"cannot batch {config.model_type}: it reads the padding"):
         check_padding(load_model(str(tmp_path), dtype).model)
+
+
+def test_padding_that_is_read_only_while_a_reply_is_written_is_known_too(tmp_path):
+    save_random_model(MINIMAX, tmp_path)
+    with pytest.raises(ValueError, match="cannot batch minimax: it reads the padding"):
+        check_padding(load_model(str(tmp_path)).model)
 
 
 def test_a_model_whose_logits_are_no_numbers_is_refused_and_tokens_never_written_are_none(loaded):

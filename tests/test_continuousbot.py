@@ -31,6 +31,8 @@ from tokenizers.normalizers import Replace
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DiffLlamaConfig,
+    DogeConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPTJConfig,
@@ -212,13 +214,29 @@ def test_a_prompt_without_a_token_is_a_422_and_harms_nobody(run_other, emoji_mod
     assert (caller.outcome(), caller.text) == ("finished", EMOJI_REPLY)
 
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "eos_token_id": 2,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=9), "does not use"),
-        (FalconConfig(hidden_size=64, num_attention_heads=4, vocab_size=9), "doesn't match"),
+        (
+            GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=9),
+            "depend on the rest",
+        ),
+        (DiffLlamaConfig(**SMALL), "depend on the rest"),
+        (DogeConfig(**SMALL), "must match"),  # of others in the same step
+        (FalconConfig(hidden_size=64, num_attention_heads=4, vocab_size=9), "must match"),
     ],
-    ids=["gptj", "falcon"],
+    ids=["gptj", "diffllama", "doge", "falcon"],
 )
 def test_a_model_that_cannot_be_batched_so_is_refused_at_the_start(config, problem):
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -303,6 +321,27 @@ def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(
     ):
         (tmp_path / "memory" / name).write_text(content)
     assert paging.free_memory(loaded.model) == 0
+
+
+def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
+    """A reply is over for the batch when the model has written it."""
+
+    async def test() -> None:
+        batch = ContinuousBatch(loaded.model, 128, 2, None, 0.5, Mock())
+        for stop in ([], ["e"]):
+            streamer = ReplyStreamer(loaded.tokenizer, stop)
+            ids = encode([{"role": "user", "content": LONG}], loaded.tokenizer, 99)
+            batch.add(streamer, ids, max_new_tokens=8, sampler=None)
+            await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
+            assert not batch.running.members
+            batch._watch()
+            await asyncio.sleep(0.6)
+            batch._watch()
+            batch.check()
+            batch.remove(streamer)
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
 
 
 def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, monkeypatch):

@@ -141,6 +141,7 @@ def test_a_client_that_answers_no_ping_has_left_after_40_s(subject):
     ]
     with socket.create_connection((url.hostname, url.port)) as asleep:
         asleep.sendall("\r\n".join([*handshake, "", ""]).encode())
+        assert b" 101 " in asleep.recv(4096)
         asleep.sendall(b"\x81\x86\0\0\0\0Hello!")  # a text frame
         subject.gate.wait("submitted", 2)
         subject.wait_for(cancelled=1)

@@ -18,7 +18,7 @@ import torch
 from bot_fixtures import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from huggingface_hub import constants
 from scripted_model import byte_tokenizer
-from transformers import AutoTokenizer, T5Config
+from transformers import AutoTokenizer, BertConfig, T5Config
 
 from serving import progress
 from serving.encoding import UnknownToken, encode
@@ -195,8 +195,10 @@ def broken(folder: Path, *names: str) -> None:
         (lambda folder: broken(folder, "config.json"), "the configuration cannot be read"),
         (lambda folder: broken(folder, "tokenizer.json"), "the tokenizer cannot be read"),
         (lambda folder: T5Config().save_pretrained(folder), "t5 is not a causal language model"),
+        # It loads as one, and reads what comes after a token.
+        (lambda folder: BertConfig().save_pretrained(folder), "bert is not a causal"),
     ],
-    ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "wrong architecture"],
+    ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "t5", "bert"],
 )
 def test_what_is_wrong_with_a_folder_is_found_before_its_weights_are_loaded(
     copy_of_model, damage, message
