@@ -28,6 +28,7 @@ from callers import HttpCaller
 from ray import serve
 from ray.serve import Application
 from scripted_model import save_random_model
+from stepped_bots import DECODE_ERROR
 from transformers import (
     BartConfig,
     GPTNeoConfig,
@@ -210,6 +211,12 @@ def test_a_failure_in_the_middle_breaks_off_the_rows_that_still_ran(pairs, loade
             broken.result()
     batches_of(pairs, 1, wait_s=0)
     assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
+
+
+def test_a_reply_that_cannot_be_decoded_fails_alone(pairs, loaded):
+    callers = [HttpCaller(pairs, DECODE_ERROR), HttpCaller(pairs, SHORT)]
+    assert [caller.outcome() for caller in callers] == ["failed", "finished"]
+    assert callers[1].text == reference(loaded, [SHORT], MAX_NEW_TOKENS)
 
 
 def test_settings_that_are_wrong_leave_a_running_bot_as_it_is(batchbot, loaded):

@@ -24,7 +24,7 @@ from bot_fixtures import (
 from load_client import Row, outcome_of
 from load_client import parser as load_client_parser
 from products import cases
-from reaching import printable
+from reaching import printable, probe
 from terminal import HELP
 from terminals import Terminal
 from websockets.http11 import Request, Response
@@ -385,6 +385,29 @@ def test_a_server_without_tls_is_told_as_that(bots: Bots, script, scheme):
     ran = run(script, "--url", url, "--wait", "0", stdin="Hello!\n")
     assert ran.stderr.startswith(f"cannot {'ask' if script == STREAM else 'chat with'} {url}: ")
     assert ("SSL" in ran.stderr, ran.returncode) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "starting"),
+    [
+        (404, {}, "Path '/' not found. Ping http://.../-/routes for available routes.", True),
+        (404, {}, "Not Found", False),
+        (503, {}, "No replica is ready.", True),
+        (503, {"Retry-After": "10"}, "Too many requests wait.", False),
+        (405, {}, "", False),
+    ],
+)
+def test_a_serve_that_does_not_know_its_bot_yet_has_not_answered(status, headers, body, starting):
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with http_server(Answering) as url:
+        assert (probe(url, {}) is None) == starting
 
 
 def test_a_server_that_closes_without_an_answer_is_told_as_that():
