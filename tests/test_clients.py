@@ -328,8 +328,10 @@ def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The URL of something that answers as it likes."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
         thread.submit(server.serve_forever)
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 @contextmanager
@@ -347,8 +349,10 @@ def chat_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
         ThreadPoolExecutor(1) as thread,
     ):
         thread.submit(server.serve_forever)
-        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}/"
-        server.shutdown()
+        try:
+            yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}/"
+        finally:
+            server.shutdown()
 
 
 def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
