@@ -106,6 +106,7 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
         self.asked = time.monotonic()
         self.token_times: list[float] = []
         self.seen_prompt = False
+        self.complete = False  # all of it is there
         self.cancelled = False
         self.finished = False
 
@@ -140,6 +141,7 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
         """The reply is complete."""
         if text := self.decoder.flush():
             self.text.put(text)
+        self.complete = True
         self.text.end()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -165,6 +167,6 @@ class ReplyStreamer(BaseStreamer, StoppingCriteria):
 
         A reply that is complete stays so.
         """
-        if not self.unread and not self.text.ended.is_set():
+        if not self.complete and not self.cancelled:
             self.cancelled = True
             self.text.end()

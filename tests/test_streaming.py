@@ -107,18 +107,19 @@ def test_a_reply_is_cancelled_once_however_often_it_is_said(emoji):
     asyncio.run(cancel())
 
 
-@pytest.mark.parametrize("reads_before", [True, False])
-def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji, reads_before):
+@pytest.mark.parametrize("when", ["it is read", "the loop hears of the end", "before that"])
+def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji, when):
     async def test() -> str:
         streamer = ReplyStreamer(emoji.tokenizer)
         for token in emoji.tokenizer("Hi")["input_ids"]:
             streamer.add(token)
         streamer.end()
-        if reads_before:  # the loop learns of it
+        if when == "it is read":
             assert [text async for text in streamer] == ["Hi"]
             streamer.cancel()
         else:
-            await asyncio.sleep(0)
+            if when == "the loop hears of the end":
+                await asyncio.sleep(0)
             streamer.cancel()
             assert [text async for text in streamer] == ["Hi"]
         return streamer.finish_reason([])
