@@ -48,13 +48,13 @@ def _check_host(host: str) -> str:
 
 def _check_origin(origin: str) -> str:
     origin = origin.lower()  # as browsers send it
-    known = origin.isascii() and re.fullmatch(r"\*|[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin)
-    if not known:
+    if not (origin.isascii() and re.fullmatch(r"\*|[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin)):
         raise ValueError(
             f"{origin!r} is no origin, such as https://chat.example.org (xn--... if not ASCII), "
             "nor *"
         )
-    return re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin)
+    scheme, _, _ = origin.partition(":")
+    return origin.removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
 
 
 class Access(BaseModel, extra="forbid"):

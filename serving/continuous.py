@@ -64,7 +64,7 @@ class ContinuousBatch:
         self.check()
         self.added += 1
         request = str(self.added)
-        if not self.waiting.members and not self.running.members:
+        if not self._has_work():
             self.note_progress()
         self.streamers[streamer] = request
         self.waiting.add(streamer)
@@ -98,7 +98,7 @@ class ContinuousBatch:
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
         """Called with all tokens of a reply so far, whenever there is one more."""
-        if streamer not in self.waiting.members | self.running.members:
+        if streamer not in self.waiting.members and streamer not in self.running.members:
             return
         self.waiting.discard(streamer)
         self.running.add(streamer)
@@ -118,6 +118,10 @@ class ContinuousBatch:
         self.running.discard(streamer)
         self.manager.cancel_request(self.streamers[streamer])
 
+    def _has_work(self) -> bool:
+        """Whether there are replies that the model has not written to their ends."""
+        return bool(self.waiting.members or self.running.members)
+
     def note_progress(self) -> None:
         self.progress = time.monotonic()
 
@@ -127,7 +131,7 @@ class ContinuousBatch:
 
     def _watch(self) -> None:
         self.watched = False
-        if not self.waiting.members and not self.running.members:
+        if not self._has_work():
             return  # until the next one is added
         left = self.progress + self.stall_timeout_s - time.monotonic()
         if left > 0:

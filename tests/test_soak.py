@@ -60,9 +60,8 @@ class Leave(NamedTuple):
 
     seconds: float | None = None
     pieces: int | None = None
-    phase: str = (
-        ""  # "prefill", when the model begins to read it, or "last", when all text is there
-    )
+    # "prefill", when the model begins to read the prompt, or "last", when all text is there
+    phase: str = ""
     how: str = "close"  # or "reset", or "stop", which only ends the reply
 
 
