@@ -22,13 +22,14 @@ from serving.decoding import TokenDecoder
 from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import batch_context, load_model
 from serving.metrics import BotMetrics, Population
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelStalled, ModelThread, watch_layers
+from serving.model_thread import ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
 from serving.padding import can_cut_cache, check_padding
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.sampling import Sampler, SampleRows
 from serving.streaming import Handover, pace
+from serving.watchdog import DEFAULT_STALL_TIMEOUT_S, ModelStalled
 
 logger = logging.getLogger("ray.serve")
 
@@ -114,6 +115,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         self.cancelled = False
         self.end_tokens = end_tokens
         self.prompt_length = 0
+        self.stopped = False  # it has stopped `generate`, which may take one more step
         self.going_on: list[int] = []  # which of the rows
         self.steps: Handover[Step] = Handover(pace(len(rows)))
 
@@ -130,12 +132,15 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         ended = [
             self.cancelled or row.ends(token, generated, self.end_tokens) for row, token in tokens
         ]
-        self.going_on = [index for index, it_ended in enumerate(ended) if not it_ended]
+        if not self.stopped:
+            self.going_on = [index for index, it_ended in enumerate(ended) if not it_ended]
+            self.stopped = any(ended)
         return torch.full((len(ended),), any(ended), device=input_ids.device)
 
     def drop_ended(self) -> None:
         """Take what follows as the tokens of the rows that are `going_on`."""
         self.rows = [self.rows[index] for index in self.going_on]
+        self.stopped = False
         self.steps.pace = pace(len(self.rows))
 
     def end(self) -> None:
@@ -205,7 +210,7 @@ class Batchbot:
         self.waiting = Population(self.metrics.waiting)
         self.batch = Population(self.metrics.batch_rows)
         self.model_thread = ModelThread(stall_timeout_s)
-        watch_layers(self.model, self.model_thread.note_progress)
+        watch_layers(self.model, self.model_thread.watchdog.note_progress)
         self.batch_arguments = batch_arguments or {}
         self.configured = False
         logger.info(f"{self.model_name} is ready")

@@ -18,13 +18,14 @@ from serving.chat import Chat
 from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
+from serving.model_thread import ModelThread, watch_layers
 from serving.page import ChatPage
 from serving.prompts import ReplyOptions, read_options
 from serving.responses import HTTP
 from serving.sampling import SampleRows
 from serving.scaling import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S, Drain
 from serving.streaming import ReplyStreamer
+from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
 from serving.wire import Limits, choose_wire
 
 MAX_CHATS = 500  # open at once; an idle one costs some memory
@@ -75,7 +76,7 @@ class Chatbot:
         self.drain = Drain()
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)
-        watch_layers(self.model, self.model_thread.note_progress)
+        watch_layers(self.model, self.model_thread.watchdog.note_progress)
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.api_route(

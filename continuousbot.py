@@ -16,11 +16,11 @@ from serving.continuous import ContinuousBatch
 from serving.encoding import PromptTooLong, begin, encode, prompt_limit, reply_limit
 from serving.loading import batch_context, load_model
 from serving.metrics import BotMetrics
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
 from serving.openapi import PROMPT_ROUTE
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.streaming import ReplyStreamer
+from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
 
 logger = logging.getLogger("ray.serve")
 

@@ -16,12 +16,13 @@ from serving.arguments import BotArguments
 from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import load_model
 from serving.metrics import BotMetrics
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S, ModelThread, watch_layers
+from serving.model_thread import ModelThread, watch_layers
 from serving.openapi import PROMPT_ROUTE
 from serving.prompts import ReplyOptions, TextRequest, read_request
 from serving.responses import HTTP, TextStream
 from serving.sampling import SampleRows
 from serving.streaming import ReplyStreamer
+from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
 
 logger = logging.getLogger("ray.serve")
 
@@ -62,7 +63,7 @@ class Textbot:
         self.api_key = self.access.read_api_key()
         self.metrics = BotMetrics()
         self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
-        watch_layers(self.model, self.model_thread.note_progress)
+        watch_layers(self.model, self.model_thread.watchdog.note_progress)
         logger.info(f"{self.model_name} is ready")
 
     @fastapi_app.post("/", **PROMPT_ROUTE)

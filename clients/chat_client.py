@@ -99,7 +99,12 @@ def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
 
         def begin() -> ClientConnection:
             return connections.enter_context(
-                connect(options.url, subprotocols=[CHAT_V1], additional_headers=headers)
+                connect(
+                    options.url,
+                    subprotocols=[CHAT_V1],
+                    additional_headers=headers,
+                    max_queue=None,  # also when nobody reads our output, pings are answered
+                )
             )
 
         def begin_again() -> ClientConnection:
@@ -151,7 +156,8 @@ def main() -> None:
     except WebSocketException as error:
         sys.exit(f"cannot chat with {options.url}: {error}")
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
+        sys.exit(0 if is_typed() else 130)  # to leave is no failure, to break off a script is
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def main() -> None:
     except requests.RequestException as error:
         sys.exit(f"cannot ask {options.url}: {error}")
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)  # after the terminal's ^C
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from serving.access import Access
 from serving.encoding import begin, encode, prompt_limit, reply_limit
 from serving.loading import check_model
 from serving.locating import EMBEDDED, ModelError
-from serving.model_thread import DEFAULT_STALL_TIMEOUT_S
 from serving.scaling import LONGEST_REPLY_S
+from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
 DEFAULT_BATCH_SIZE = 16

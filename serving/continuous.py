@@ -1,17 +1,16 @@
 """Continuous batching by transformers: a request joins the batch that runs, and leaves it alone."""
 
-import asyncio
 import logging
-import time
 
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from serving.metrics import BotMetrics, Population
-from serving.model_thread import ModelStalled, watch_layers
+from serving.model_thread import watch_layers
 from serving.paging import start_manager, tokens_that_fit
 from serving.sampling import Sampler
 from serving.streaming import ReplyStreamer, pace
+from serving.watchdog import Watchdog
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,7 +24,7 @@ class ContinuousBatch:
 
     Every streamer that is added ends: with its reply, with BatchFailed, or with ModelStalled when
     the model made no progress for `stall_timeout_s` seconds. The thread ends with the process. All
-    methods are called on the event loop, but `note_progress`, which the thread calls.
+    methods are called on the event loop.
     """
 
     def __init__(
@@ -37,16 +36,14 @@ class ContinuousBatch:
         stall_timeout_s: float,
         metrics: BotMetrics,
     ) -> None:
-        self.stall_timeout_s = stall_timeout_s
         self.waiting = Population(metrics.waiting)  # for their first token
         self.running = Population(metrics.batch_rows)
         self.streamers: dict[ReplyStreamer, str] = {}  # and the ids of their requests
         self.added = 0
-        self.progress = 0.0  # when there last was some, by time.monotonic
-        self.watched = False
         self.error: Exception | None = None
+        self.watchdog = Watchdog(stall_timeout_s, self._has_work, self._give_up)
         self.manager = start_manager(model, context, max_batch_size, cache_tokens)
-        watch_layers(model, self.note_progress)
+        watch_layers(model, self.watchdog.note_progress)
         self.cache_tokens = tokens_that_fit(self.manager)
         self.context = min(context, self.cache_tokens)
 
@@ -64,17 +61,16 @@ class ContinuousBatch:
         self.check()
         self.added += 1
         request = str(self.added)
-        if not self._has_work():
-            self.note_progress()
+        self.watchdog.expect_progress()
         self.streamers[streamer] = request
         self.waiting.add(streamer)
         self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
         # Its queue has no limit, so this does not block; how many come in, Serve limits.
-        self.manager.add_request(
+        added = self.manager.add_request(
             input_ids, request, max_new_tokens, streaming=True, sampler=sampler
         )
-        if not self.watched:
-            self._watch_in(self.stall_timeout_s)
+        if added is None:  # it has just begun to end
+            self._give_up(BatchFailed("the model's thread is dead"))
 
     def remove(self, streamer: ReplyStreamer) -> None:
         """Take a request out of the batch, if it is still there."""
@@ -121,23 +117,6 @@ class ContinuousBatch:
     def _has_work(self) -> bool:
         """Whether there are replies that the model has not written to their ends."""
         return bool(self.waiting.members or self.running.members)
-
-    def note_progress(self) -> None:
-        self.progress = time.monotonic()
-
-    def _watch_in(self, seconds: float) -> None:
-        self.watched = True
-        asyncio.get_running_loop().call_later(seconds, self._watch)
-
-    def _watch(self) -> None:
-        self.watched = False
-        if not self._has_work():
-            return  # until the next one is added
-        left = self.progress + self.stall_timeout_s - time.monotonic()
-        if left > 0:
-            self._watch_in(left)
-        else:
-            self._give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))
 
     def _give_up(self, error: Exception) -> None:
         """Fail all streamers, with one exception, so that it is logged once."""

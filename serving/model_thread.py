@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-DEFAULT_STALL_TIMEOUT_S = 120.0  # one layer for a long prompt may take a slow machine long
+from serving.watchdog import DEFAULT_STALL_TIMEOUT_S, ModelStalled, Watchdog
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,10 +25,6 @@ class Streamer(Protocol):
     def end(self) -> None: ...
     def fail(self, error: Exception) -> None: ...
     def cancel(self) -> None: ...
-
-
-class ModelStalled(Exception):
-    """The model makes no progress, or its thread is dead. The replica must be replaced."""
 
 
 class TooManyWaiting(Exception):
@@ -54,15 +49,13 @@ class ModelThread:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.moved = asyncio.Event()  # set, and replaced, when one comes, begins or is cancelled
-        self.stall_timeout_s = stall_timeout_s
         self.max_waiting = max_waiting
         self.report_waiting = report_waiting  # called when the line has moved
         self.jobs: dict[Streamer, tuple[Callable[..., None], tuple[Any, ...]]] = {}  # in line
         self.new_job = threading.Condition()  # and the lock of `jobs`
         self.running: Streamer | None = None
-        self.progress = 0.0  # when there last was some, by time.monotonic
         self.error: ModelStalled | None = None
-        self.watched = False
+        self.watchdog = Watchdog(stall_timeout_s, self._has_work, self._give_up)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
@@ -76,14 +69,11 @@ class ModelThread:
         self.check()
         if self.max_waiting is not None and len(self.jobs) >= self.max_waiting:
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
+        self.watchdog.expect_progress()
         with self.new_job:
-            if self.running is None and not self.jobs:
-                self.note_progress()
             self.jobs[streamer] = generate, arguments
             self.new_job.notify()
         self._line_moved()
-        if not self.watched:
-            self._watch_in(self.stall_timeout_s)
 
     async def line(self, streamer: Streamer) -> AsyncGenerator[int]:
         """How many are ahead of it, if any: at once and whenever that changes, until it begins."""
@@ -101,6 +91,8 @@ class ModelThread:
 
     def cancel(self, streamer: Streamer) -> None:
         """Stop its run, or leave its place to those behind it."""
+        if streamer.unread and streamer not in self.jobs:
+            return  # the line stays as it is
         with self.new_job:
             self.jobs.pop(streamer, None)
         streamer.cancel()
@@ -127,19 +119,8 @@ class ModelThread:
     def _recover(self) -> None:
         self.error = None
 
-    def _watch_in(self, seconds: float) -> None:
-        self.watched = True
-        asyncio.get_running_loop().call_later(seconds, self._watch)
-
-    def _watch(self) -> None:
-        self.watched = False
-        if self.running is None and not self.jobs:
-            return  # until the next one is submitted
-        left = self.progress + self.stall_timeout_s - time.monotonic()
-        if left > 0:
-            self._watch_in(left)
-        else:
-            self._give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))
+    def _has_work(self) -> bool:
+        return self.running is not None or bool(self.jobs)
 
     def _give_up(self, error: ModelStalled) -> None:
         """Fail all streamers; what of them has not begun never will."""
@@ -157,7 +138,7 @@ class ModelThread:
         while True:
             with self.new_job:
                 self.new_job.wait_for(lambda: self.jobs)
-                self.note_progress()
+                self.watchdog.note_progress()
                 streamer = self.running = next(iter(self.jobs))
                 generate, arguments = self.jobs.pop(streamer)
             try:
@@ -178,18 +159,13 @@ class ModelThread:
                 death.__cause__ = error
                 self._on_loop(self._give_up, death)
                 return
-            self.note_progress()
+            self.watchdog.note_progress()
             self._on_loop(self._recover)  # if it had stalled, it was only slow
             self.running = None
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: the process ends
             self.loop.call_soon_threadsafe(function, *arguments)
-
-    # Called in both
-
-    def note_progress(self) -> None:
-        self.progress = time.monotonic()
 
 
 def count_read(streamers: list[Streamer]) -> int:

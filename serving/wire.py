@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from starlette.types import Message
+from starlette.websockets import WebSocketState
 
 from serving.encoding import NoToken, PromptTooLong, UnknownToken, check_size
 from serving.model_thread import TooManyWaiting
@@ -109,7 +110,9 @@ def describe(error: Exception) -> str:
 
 
 async def close(ws: WebSocket, error: Exception) -> None:
-    """Close the socket with the error's code and as much of its description as fits."""
+    """Close the socket, if it is open, with the error's code and what fits of its description."""
+    if ws.application_state is not WebSocketState.CONNECTED:
+        return
     reason = describe(error).encode()[:MAX_REASON_BYTES].decode(errors="ignore")
     await ws.close(CLOSE_CODES.get(type(error), 1011), reason)
 

@@ -97,8 +97,8 @@ class Stepped:
         self.report.flush()
 
     def stall_after(self, seconds: float) -> None:
-        self.model_thread.stall_timeout_s = seconds
-        self.model_thread.watched = False  # the next prompt is watched anew
+        self.model_thread.watchdog.stall_timeout_s = seconds
+        self.model_thread.watchdog.watching = None  # the next prompt is watched anew
 
     def slow_down(self, seconds: float) -> None:
         """Let each layer of the model take so long."""
@@ -150,8 +150,8 @@ class SteppedContinuousbot(SteppedText, Continuousbot.func_or_class):
         self.submit, self.batch.add = self.batch.add, self.submit_and_report
 
     def stall_after(self, seconds: float) -> None:
-        self.batch.stall_timeout_s = seconds
-        self.batch.watched = False  # the next prompt is watched anew
+        self.batch.watchdog.stall_timeout_s = seconds
+        self.batch.watchdog.watching = None  # the next prompt is watched anew
 
 
 class SteppedBatchbot(Stepped, Batchbot.func_or_class):

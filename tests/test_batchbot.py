@@ -40,6 +40,7 @@ from transformers import (
     RecurrentGemmaConfig,
     RwkvConfig,
 )
+from transformers.generation.utils import DeferredStopCheck
 
 import batchbot as batchbot_module
 from batchbot import Batchbot, RawStreamer, Row
@@ -48,9 +49,10 @@ from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S, Batchbot
 from serving.decoding import TokenDecoder
 from serving.loading import load_model
 from serving.locating import EMBEDDED
-from serving.model_thread import ModelStalled, ModelThread
+from serving.model_thread import ModelThread
 from serving.padding import check_padding
 from serving.prompts import ReplyOptions
+from serving.watchdog import ModelStalled
 
 PROMPTS = [
     "Hi",
@@ -175,6 +177,15 @@ def test_a_client_that_leaves_stops_its_row_alone(pairs, loaded):
         pairs.gate.wait("left", 1)
         pairs.gate.release()
         assert staying.result() == reference(loaded, [LONG], MAX_NEW_TOKENS)
+
+
+def test_replies_are_whole_also_where_generate_stops_one_step_late(pairs, loaded, monkeypatch):
+    """As transformers does on Apple's GPUs: it asks once more whether to stop."""
+    monkeypatch.setattr(DeferredStopCheck, "is_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch, "Event", Mock)  # CPUs have none, and none to wait for
+    for lengths in ((3, 4), (4, 3), (3, 9)):
+        replies = replies_together(pairs, [LONG, LONG], list(lengths))
+        assert replies == [reference(loaded, [LONG], length) for length in lengths]
 
 
 def test_when_no_client_is_left_the_model_stops(batchbot, loaded):

@@ -341,6 +341,7 @@ def test_a_blank_message_is_not_sent_and_one_that_is_too_long_is_answered(page, 
     say(page, "word " * 400)
     expect(page.get_by_role("status")).to_have_text("ready")
     expect(last_note(page)).to_contain_text("the prompt has 403 tokens")
+    expect(page.get_by_label("Your message")).to_have_value("word " * 400)  # to be shortened
     say(page, HELLO)
     expect(last_reply(page)).to_have_text(reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS))
 

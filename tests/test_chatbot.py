@@ -3,13 +3,17 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 from bot_fixtures import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
 from callers import ChatCaller, ask, receive
+from fastapi import WebSocket, WebSocketDisconnect
 from ray.exceptions import TaskCancelledError
+from starlette.websockets import WebSocketState
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
@@ -17,7 +21,7 @@ from chatbot import MAX_WAITING
 from serving import chat
 from serving.chat import MAX_PROMPTS_AHEAD, Chat, Prompt
 from serving.prompts import ReplyOptions
-from serving.wire import Limits, PlainWire
+from serving.wire import BadFrame, Limits, PlainWire
 
 HANG_S = 60
 
@@ -273,6 +277,32 @@ def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
     assert not caplog.records
 
 
+def test_a_client_that_sends_on_when_its_socket_is_closed_disturbs_nobody(caplog):
+    """Its prompts may come between an error, which closes a plain socket, and its own close."""
+    received = [{"type": "websocket.connect"}]
+    received += [{"type": "websocket.receive", "text": "Hello!"}] * (MAX_PROMPTS_AHEAD + 2)
+    sent: list[str] = []
+
+    async def receive() -> Any:
+        return received.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async def open_chat() -> None:
+        ws = WebSocket({"type": "websocket"}, receive, send)
+        wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(stop=[]), "<>")
+        its = Chat(wire, Mock(), Mock(), Mock(), asyncio.Event())
+        async with its.open(), asyncio.timeout(HANG_S):
+            with suppress(WebSocketDisconnect):
+                await wire.send_error(BadFrame("no prompt"))
+            await asyncio.Event().wait()
+
+    asyncio.run(open_chat())
+    assert sent == ["websocket.accept", "websocket.close"]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_replica_that_ends_tells_who_has_left_from_whom_it_refuses(leaves):
     metrics, draining = Mock(), asyncio.Event()
@@ -287,6 +317,7 @@ def test_a_replica_that_ends_tells_who_has_left_from_whom_it_refuses(leaves):
 
     async def open_chat() -> None:
         ws = SimpleNamespace(accept=AsyncMock(), receive=frames().__anext__, close=AsyncMock())
+        ws.application_state = WebSocketState.CONNECTED
         wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(stop=[]), "<>")
         its = Chat(wire, lambda stop: read.set(), Mock(), metrics, draining)
         put = its.prompts.put_nowait

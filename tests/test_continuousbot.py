@@ -136,6 +136,21 @@ def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_ill(bots: Bo
     assert requests.post(bot.http, params={"prompt": SHORT}).status_code == 500
 
 
+def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
+    async def test() -> None:
+        batch = ContinuousBatch(loaded.model, 128, 2, None, HANG_S, Mock())
+        streamer = ReplyStreamer(loaded.tokenizer)
+        batch.manager.stop(hard_stop=True)
+        batch.manager.is_running = lambda: True  # for a moment it is, and takes nothing any more
+        batch.add(streamer, [1, 2, 3], 8, None)
+        with pytest.raises(BatchFailed, match="the model's thread is dead"):
+            await asyncio.wait_for(anext(aiter(streamer)), HANG_S)
+        with pytest.raises(BatchFailed):
+            batch.check()
+
+    asyncio.run(test())
+
+
 def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):
     """The manager then takes a reply out of the batch, and computes it again later."""
     monkeypatch.setattr(paging, "TOKENS_PER_ROW", 32)
@@ -334,9 +349,7 @@ def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
             batch.add(streamer, ids, max_new_tokens=8, sampler=None)
             await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
             assert not batch.running.members
-            batch._watch()
-            await asyncio.sleep(0.6)
-            batch._watch()
+            await asyncio.sleep(1)  # time for the watchdog to bark
             batch.check()
             batch.remove(streamer)
         batch.manager.stop(hard_stop=True)

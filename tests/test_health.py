@@ -15,7 +15,7 @@ from continuousbot import Continuousbot
 from serving import scaling
 from serving.continuous import BatchFailed
 from serving.locating import EMBEDDED
-from serving.model_thread import ModelStalled
+from serving.watchdog import ModelStalled
 from textbot import Textbot
 
 LONG = "Tell me a story about dogs."

@@ -12,8 +12,9 @@ from bot_fixtures import HANG_S
 from scripted_model import byte_tokenizer
 
 from serving import model_thread
-from serving.model_thread import ModelStalled, ModelThread, TooManyWaiting
+from serving.model_thread import ModelThread, TooManyWaiting
 from serving.streaming import ReplyStreamer
+from serving.watchdog import ModelStalled
 
 TOKENIZER = byte_tokenizer(512)
 
@@ -181,6 +182,20 @@ def test_a_run_that_ends_when_it_is_given_up_leaves_no_healthy_replica_ill():
     run(test)
 
 
+def test_a_process_that_was_suspended_is_no_stall():
+    async def test() -> None:
+        thread, held = ModelThread(stall_timeout_s=0.5), Held()
+        streamer = await held.submit_to(thread)
+        time.sleep(0.6)  # noqa: ASYNC251 - nothing moves, neither the model nor the loop
+        await asyncio.sleep(0.001)  # the loop wakes first
+        thread.watchdog.note_progress()
+        held.go.set()
+        assert await read(streamer) == ""
+        thread.check()
+
+    run(test)
+
+
 def test_a_long_reply_with_progress_is_no_stall():
     async def test() -> None:
         thread, streamer = ModelThread(stall_timeout_s=0.3), ReplyStreamer(TOKENIZER)
@@ -189,7 +204,7 @@ def test_a_long_reply_with_progress_is_no_stall():
         def slowly(streamer: ReplyStreamer) -> None:
             for _ in range(8):
                 stop.wait(0.1)
-                thread.note_progress()
+                thread.watchdog.note_progress()
             streamer.end()
 
         thread.submit(streamer, slowly)

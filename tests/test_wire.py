@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from starlette.websockets import WebSocketState
 
 from serving.encoding import NoToken, PromptTooLong, UnknownToken
 from serving.model_thread import TooManyWaiting
@@ -12,6 +13,8 @@ from serving.wire import MAX_REASON_BYTES, BadFrame, close
 
 class Socket:
     """Takes what is sent."""
+
+    application_state = WebSocketState.CONNECTED
 
     async def close(self, code: int, reason: str) -> None:
         self.code, self.reason = code, reason
