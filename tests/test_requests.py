@@ -74,6 +74,17 @@ def test_bad_parameters_are_a_422_that_names_the_field(bot, query, field):
         assert response.headers["X-Model"] == "tiny-dialog"
 
 
+def test_of_many_problems_the_first_are_told_with_short_names(bot):
+    unknown = {"prompt": "Hi"} | {f"{number}{'x' * 200}": 0 for number in range(20)}
+    for response in (
+        requests.post(bot.http, params=unknown),
+        requests.post(bot.http, json=unknown),
+    ):
+        assert response.status_code == 422
+        names = [problem["loc"][1] for problem in response.json()["detail"]]
+        assert names == [f"{number}{'x' * 99}" for number in range(5)]
+
+
 def test_a_body_that_does_not_come_is_a_408(bot, monkeypatch):
     monkeypatch.setattr(prompts, "BODY_TIMEOUT_S", 0.2)
     url = urlsplit(bot.http)
