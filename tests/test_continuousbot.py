@@ -281,10 +281,13 @@ GEMMA = Gemma3TextConfig(
 
 
 def test_what_fits_the_cache_is_known_also_if_layers_share_it_unequally():
-    model = AutoModelForCausalLM.from_config(GEMMA).eval()
-    manager = paging.start_manager(model, context=4096, rows=2, cache_tokens=96)
-    tokens = paging.tokens_that_fit(manager)
-    assert 0 < tokens < 96
+    async def start() -> ContinuousBatch:
+        model = AutoModelForCausalLM.from_config(GEMMA).eval()
+        return ContinuousBatch(model, 4096, 2, 96, HANG_S, Mock())
+
+    batch = asyncio.run(start())
+    tokens, manager = batch.context, batch.manager
+    assert 0 < tokens == batch.cache_tokens < 96
     for number in range(2):  # and again, in the same cache
         manager.add_request(list(range(tokens - 8)), str(number), max_new_tokens=8, sampler=None)
         output = manager.get_result(timeout=HANG_S)
