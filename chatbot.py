@@ -1,170 +1,120 @@
-"""A conversation over a WebSocket, remembered while it is open: `serve run chatbot:app`."""
+"""A conversation over a WebSocket, kept while it is open. Run it with `serve run chatbot:app`."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from functools import partial
-from typing import Annotated
+from typing import Any
 
 import torch
-from fastapi import Depends, FastAPI, WebSocket
+from fastapi import WebSocket, WebSocketDisconnect
 from ray import serve
 from ray.serve import Application
 
-from serving.access import Access
-from serving.arguments import ChatbotArguments
-from serving.chat import Chat
-from serving.encoding import begin, encode, prompt_limit, reply_limit
-from serving.loading import load_model
-from serving.metrics import BotMetrics
-from serving.model_thread import ModelThread, watch_layers
-from serving.page import ChatPage
-from serving.prompts import ReplyOptions, read_options
-from serving.responses import HTTP
-from serving.sampling import SampleRows
-from serving.scaling import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S, Drain
-from serving.streaming import ReplyStreamer
-from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
-from serving.wire import Limits, choose_wire
+from streaming_bots.bot import Bot, Reply
+from streaming_bots.chat.connection import ChatConnection
+from streaming_bots.chat.page import add_chat_page
+from streaming_bots.generation.continuous_batch import ContinuousBatch
+from streaming_bots.generation.model_thread import ModelThread
+from streaming_bots.generation.sampling import ReplyOptions, SamplingLogitsProcessor
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.http.app import create_app
+from streaming_bots.http.request import ConnectionOptions
+from streaming_bots.settings import CHAT_OPTIONS, MAX_CHATS, ChatbotSettings
 
-MAX_CHATS = 500  # open at once; an idle one costs some memory
-MAX_WAITING = 100  # prompts in line for the model; a hundred replies take minutes
-
-logger = logging.getLogger("ray.serve")
-
-fastapi_app = FastAPI(title="Chatbot", **HTTP)
+api = create_app("Chatbot")
+add_chat_page(api)  # for browsers, at GET /
 
 
-# An open socket counts as one request, also while nobody speaks. Over Serve's limit a handshake
-# would hang, and over a limit of its queue fail with a 500, so the Chatbot counts for itself and
-# says 1013, try again later; Serve's limit leaves room for those that are being told. A replica
-# that Serve stops needs time to finish what it was asked and to close its sockets.
-@serve.deployment(
-    max_ongoing_requests=2 * MAX_CHATS,
-    health_check_period_s=HEALTH_CHECK_PERIOD_S,
-    graceful_shutdown_timeout_s=LONGEST_REPLY_S,
-)
-@serve.ingress(fastapi_app)
-class Chatbot:
-    """Keeps one conversation per connection; replies to one prompt at a time, others wait."""
+@serve.deployment(**CHAT_OPTIONS)
+@serve.ingress(api)
+class Chatbot(Bot):
+    """Keeps one conversation per connection; replies to one prompt at a time, others wait.
 
-    def __init__(
-        self,
-        model: str,
-        served_model_name: str | None = None,
-        max_new_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
-        dtype: str = "float32",
-        system_prompt: str | None = None,
-        end_of_response: str = "<>",
-        access: Access | None = None,
-        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
-        fallback: str | None = None,
-        device: str = "cpu",
-    ) -> None:
-        name, self.model, self.tokenizer, context = load_model(model, dtype, fallback, device)
-        self.model_name = served_model_name or name
-        self.max_new_tokens = reply_limit(max_new_tokens, context)
-        room = min(context - self.max_new_tokens, prompt_limit(max_prompt_tokens, context))
-        self.limits = Limits(room, self.max_new_tokens)
-        self.system_prompt = system_prompt
-        self.end_of_response = end_of_response
-        self.access = access or Access()
-        self.api_key = self.access.read_api_key()
-        self.free_places = MAX_CHATS
-        self.drain = Drain()
-        self.metrics = BotMetrics()
-        self.model_thread = ModelThread(stall_timeout_s, MAX_WAITING, self.metrics.waiting.set)
-        watch_layers(self.model, self.model_thread.watchdog.note_progress)
-        logger.info(f"{self.model_name} is ready")
+    With `max_batch_size`, it replies to the prompts of up to that many connections at once.
+    """
 
-    @fastapi_app.api_route(
-        "/",
-        methods=["GET", "HEAD"],
-        dependencies=[Depends(read_options)],
-        include_in_schema=False,
-    )
-    async def show_page(self) -> ChatPage:
-        """A page to chat on, for browsers; it speaks chat.v1 over the WebSocket below."""
-        return ChatPage()
+    settings: ChatbotSettings
 
-    @fastapi_app.websocket("/")
-    async def handle_request(
-        self, ws: WebSocket, options: Annotated[ReplyOptions, Depends(read_options)]
-    ) -> None:
-        """Receive prompts and stream replies, until the client leaves."""
-        ends = self.model.generation_config.eos_token_id or []
-        wire = choose_wire(ws, self.limits, options, self.end_of_response, ends)
-        new_streamer = partial(ReplyStreamer, self.tokenizer)
-        chat = Chat(wire, new_streamer, self.model_thread.cancel, self.metrics, self.drain.begun)
-        if not self.free_places:
-            await chat.refuse("too many chats are open")
+    def __init__(self, model: str, **settings: Any) -> None:
+        super().__init__(ChatbotSettings(model=model, **settings))
+        self.places = asyncio.Semaphore(MAX_CHATS)
+        if self.settings.max_batch_size is None:
+            self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
+        else:
+            self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
+            self.limit_context(self.engine.context, self.engine.context_reason)
+
+    @api.websocket("/")
+    async def handle_request(self, ws: WebSocket, options: ConnectionOptions) -> None:
+        """Accept a client, and reply to its prompts until it disconnects."""
+        connection = ChatConnection(ws, self, options, self.settings.end_of_response)
+        await ws.accept(subprotocol=connection.protocol.subprotocol)
+        if self.places.locked():
+            await connection.refuse("too many chats are open")
             return
-        self.free_places -= 1
-        try:
-            async with chat.open():
-                await self.converse(chat)
-        finally:
-            self.free_places += 1
+        # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
+        # `converse`, even in mid-reply. `open` takes the errors, and closes an open socket.
+        async with self.places, connection.open(), asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.receive(ws, connection))
+            await self.converse(connection)
 
-    async def converse(self, chat: Chat) -> None:
-        """Answer one prompt after the other; each reply sees all turns before it."""
-        conversation = begin(self.system_prompt)
-        async for prompt in chat:
-            async with chat.answer(prompt):
-                turns = [*conversation, {"role": "user", "content": prompt.request.prompt}]
-                input_ids = await asyncio.to_thread(encode, turns, self.tokenizer, self.limits.room)
-                self.model_thread.submit(
-                    prompt.streamer, self.generate_text, input_ids, prompt.request
-                )
-                async with aclosing(self.model_thread.line(prompt.streamer)) as line:
-                    async for ahead in line:
-                        await chat.wire.send_waiting(ahead)
+    async def receive(self, ws: WebSocket, connection: ChatConnection) -> None:
+        """Queue the client's prompts, and stop replies if it says so, until it disconnects."""
+        while True:
+            message = await ws.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message["code"])
+            await connection.take(message)
+
+    async def converse(self, connection: ChatConnection) -> None:
+        """Reply to one prompt after another; the model sees the conversation before each."""
+        async for prompt in connection:
+            messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
+            async with connection.answer(prompt):  # closes the reply; sends its end, or the error
+                reply = await self.start_reply(messages, prompt.options)
+                await connection.wait_for_turn(prompt, reply)  # tells how many are ahead
                 response = ""
-                async with aclosing(self.consume_streamer(prompt.streamer)) as chunks:
-                    async for text in chunks:
-                        response += text
-                        await chat.wire.send_text(text)
-                if response or not prompt.streamer.cancelled:  # else it never began
-                    conversation = [*turns, {"role": "assistant", "content": response}]
-                    chat.remember(len(conversation) - len(begin(self.system_prompt)))
+                async for text in reply:
+                    response += text
+                    await connection.send_text(text)
+                if response or not prompt.stopped:  # a reply that never began is not kept
+                    connection.remember([*messages, {"role": "assistant", "content": response}])
+
+    async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
+        """Queue a conversation for the model, and return its reply, to be read as it is written.
+
+        If `messages` do not fit the model, `encode` drops the oldest from the list.
+        """
+        input_ids = await self.encode(messages, options)
+        streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
+        self.engine.submit(streamer, input_ids, options)
+        return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(
         self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
     ) -> None:
-        """Run the model, in its thread: each token goes to the streamer as it is generated."""
+        """Run the model, in the engine's thread, which also hands the streamer every token."""
         self.model.generate(
             torch.tensor([input_ids], device=self.model.device),
             attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
             max_new_tokens=options.max_new_tokens,
-            logits_processor=[SampleRows([options.sampler(self.model.device)])],
-            streamer=streamer,
-            stopping_criteria=[streamer],
+            logits_processor=[SamplingLogitsProcessor([options.sampler(self.model.device)])],
+            streamer=streamer,  # takes tokens, wakes the event loop for every whole character
+            stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it comes; when the client leaves, stop the model."""
+        """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
         try:
             async for text in streamer:
                 yield text
         finally:
-            self.model_thread.cancel(streamer)
+            self.engine.cancel(streamer)  # does nothing after the end
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
-    def record_autoscaling_stats(self) -> dict[str, int]:
-        """Called by Serve: what an autoscaling policy may count."""
-        return {"replies": self.model_thread.in_progress()}
 
-    async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica if this raises."""
-        self.drain.health_was_asked()
-        self.model_thread.check()
+def build(settings: ChatbotSettings) -> Application:
+    """`serve run chatbot:build model=./my-model max_batch_size=32`."""
+    return settings.bind(Chatbot)
 
 
-def build(args: ChatbotArguments) -> Application:
-    """`serve run chatbot:build model=./my-model end_of_response=END`."""
-    return Chatbot.options(**args.deployment_options()).bind(**args.constructor_arguments())
-
-
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, for no hub

@@ -1,123 +1,71 @@
-"""Prompts join a batch that already runs, beyond the tutorial: `serve run continuousbot:app`."""
+"""Prompts join a batch that is already running. Run it with `serve run continuousbot:app`."""
 
-import asyncio
-import logging
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Any
 
-from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 
-from serving.access import Access
-from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE, ContinuousbotArguments
-from serving.continuous import ContinuousBatch
-from serving.encoding import PromptTooLong, begin, encode, prompt_limit, reply_limit
-from serving.loading import batch_context, load_model
-from serving.metrics import BotMetrics
-from serving.openapi import PROMPT_ROUTE
-from serving.prompts import ReplyOptions, TextRequest, read_request
-from serving.responses import HTTP, TextStream
-from serving.streaming import ReplyStreamer
-from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
+from streaming_bots.bot import Bot, Reply
+from streaming_bots.generation.continuous_batch import ContinuousBatch
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.http.app import create_app
+from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
+from streaming_bots.http.response import TextStream
+from streaming_bots.settings import QUEUE_OPTIONS, ContinuousbotSettings
 
-logger = logging.getLogger("ray.serve")
-
-fastapi_app = FastAPI(title="Continuousbot", **HTTP)
+api = create_app("Continuousbot")
 
 
-# Whoever waits for a place in the batch gets one as soon as a reply ends. Behind a hundred requests
-# that is a minute or so; who would have to wait longer is better told so at once. Every request is
-# queued in Serve's proxy for a moment, so that as many as a replica takes must fit there too.
-@serve.deployment(
-    max_ongoing_requests=100,
-    max_queued_requests=100,
-    backpressure_config=BackpressureConfig(retry_after_s=10),
-)
-@serve.ingress(fastapi_app)
-class Continuousbot:
-    """Writes many replies together; each begins and ends without waiting for the others."""
+@serve.deployment(**QUEUE_OPTIONS)
+@serve.ingress(api)
+class Continuousbot(Bot):
+    """Writes up to `max_batch_size` replies together; each begins and ends while others run."""
 
-    def __init__(
-        self,
-        model: str,
-        served_model_name: str | None = None,
-        max_new_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
-        dtype: str = "float32",
-        system_prompt: str | None = None,
-        access: Access | None = None,
-        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
-        fallback: str | None = None,
-        device: str = "cpu",
-        max_batch_size: int = DEFAULT_CONTINUOUS_BATCH_SIZE,
-        cache_tokens: int | None = None,
-    ) -> None:
-        name, self.model, self.tokenizer, context = load_model(model, dtype, fallback, device)
-        self.model_name = served_model_name or name
-        self.metrics = BotMetrics()
-        self.batch = ContinuousBatch(
-            self.model,
-            batch_context(self.model, context),
-            max_batch_size,
-            cache_tokens,
-            stall_timeout_s,
-            self.metrics,
-        )
-        self.max_new_tokens = reply_limit(max_new_tokens, self.batch.context)
-        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.batch.context)
-        self.system_prompt = system_prompt
-        self.access = access or Access()
-        self.api_key = self.access.read_api_key()
-        logger.info(f"{self.model_name} is ready")
+    settings: ContinuousbotSettings
 
-    @fastapi_app.post("/", **PROMPT_ROUTE)
-    async def handle_request(
-        self, request: Annotated[TextRequest, Depends(read_request)]
-    ) -> TextStream:
-        """Add the prompt to the batch; return its stream when the first text is there."""
-        streamer = ReplyStreamer(self.tokenizer, request.stop)
-        conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        room = min(self.batch.context - request.max_new_tokens, self.max_prompt_tokens)
-        try:
-            input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
-        except PromptTooLong as error:
-            if self.batch.context < self.batch.cache_tokens:
-                raise
-            raise PromptTooLong(f"{error}; the cache has {self.batch.cache_tokens}") from None
-        self.generate_text(input_ids, request, streamer)
-        return await TextStream.start(self.consume_streamer(streamer))
+    def __init__(self, model: str, **settings: Any) -> None:
+        super().__init__(ContinuousbotSettings(model=model, **settings))
+        # The ContinuousBatchingManager of transformers runs the model in its own thread. Each step
+        # computes all requests of the batch; between steps, requests leave, or join if there is a
+        # place and room in the KV cache. If a step fails, so do all; Serve replaces the replica.
+        self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
+        self.limit_context(self.engine.context, self.engine.context_reason)  # to the cache's size
+
+    @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
+    async def handle_request(self, request: PromptRequest) -> TextStream:
+        """Stream the reply once its first text is there: until then, a failure is a 500."""
+        messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
+        reply = await self.start_reply(messages, request)
+        return await TextStream.start(reply)  # waits for its first text; closes it in the end
+
+    async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
+        """Add a conversation to the batch, and return its reply, to be read as it is written."""
+        input_ids = await self.encode(messages, options)
+        streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
+        self.generate_text(input_ids, options, streamer)
+        return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(
         self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
     ) -> None:
-        """Have the model write the reply together with those that it is writing."""
-        self.batch.add(
-            streamer,
-            input_ids,
-            max_new_tokens=options.max_new_tokens,
-            sampler=options.sampler(self.model.device),
-        )
+        """Queue a request with the manager, whose callback on the event loop takes each token."""
+        self.engine.submit(streamer, input_ids, options)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it comes; when the client leaves, free its place."""
+        """Yield the reply's text as it arrives; if it is closed before its end, free its place."""
         try:
             async for text in streamer:
                 yield text
         finally:
-            streamer.cancel()
-            self.batch.remove(streamer)
+            self.engine.cancel(streamer)  # does nothing after the end
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
-    async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica if this raises."""
-        self.batch.check()
+
+def build(settings: ContinuousbotSettings) -> Application:
+    """`serve run continuousbot:build model=./my-model max_batch_size=64`."""
+    return settings.bind(Continuousbot)
 
 
-def build(args: ContinuousbotArguments) -> Application:
-    """`serve run continuousbot:build model=./my-model max_new_tokens=64`."""
-    return Continuousbot.options(**args.deployment_options()).bind(**args.constructor_arguments())
-
-
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # for no hub

@@ -1,113 +1,75 @@
-"""A prompt in, its reply streamed out while the model writes it: `serve run textbot:app`."""
+"""Streams a reply over HTTP while the model writes it. Run it with `serve run textbot:app`."""
 
-import asyncio
-import logging
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Any
 
 import torch
-from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 
-from serving.access import Access
-from serving.arguments import BotArguments
-from serving.encoding import begin, encode, prompt_limit, reply_limit
-from serving.loading import load_model
-from serving.metrics import BotMetrics
-from serving.model_thread import ModelThread, watch_layers
-from serving.openapi import PROMPT_ROUTE
-from serving.prompts import ReplyOptions, TextRequest, read_request
-from serving.responses import HTTP, TextStream
-from serving.sampling import SampleRows
-from serving.streaming import ReplyStreamer
-from serving.watchdog import DEFAULT_STALL_TIMEOUT_S
+from streaming_bots.bot import Bot, Reply
+from streaming_bots.generation.model_thread import ModelThread
+from streaming_bots.generation.sampling import ReplyOptions, SamplingLogitsProcessor
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.http.app import create_app
+from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
+from streaming_bots.http.response import TextStream
+from streaming_bots.settings import QUEUE_OPTIONS, BotSettings
 
-logger = logging.getLogger("ray.serve")
-
-fastapi_app = FastAPI(title="Textbot", **HTTP)
+api = create_app("Textbot")
 
 
-# One request generates at a time. The others wait, which costs next to nothing, but a hundred
-# replies take minutes: who would have to wait longer is better told so at once. Every request is
-# queued in Serve's proxy for a moment, so that as many as a replica takes must fit there too.
-@serve.deployment(
-    max_ongoing_requests=100,
-    max_queued_requests=100,
-    backpressure_config=BackpressureConfig(retry_after_s=10),
-)
-@serve.ingress(fastapi_app)
-class Textbot:
-    """Streams one reply at a time; other requests wait in order."""
+@serve.deployment(**QUEUE_OPTIONS)
+@serve.ingress(api)
+class Textbot(Bot):
+    """Streams one reply at a time as plain text; other requests wait their turn in a queue."""
 
-    def __init__(
-        self,
-        model: str,
-        served_model_name: str | None = None,
-        max_new_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
-        dtype: str = "float32",
-        system_prompt: str | None = None,
-        access: Access | None = None,
-        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
-        fallback: str | None = None,
-        device: str = "cpu",
-    ) -> None:
-        name, self.model, self.tokenizer, self.context = load_model(model, dtype, fallback, device)
-        self.model_name = served_model_name or name
-        self.max_new_tokens = reply_limit(max_new_tokens, self.context)
-        self.max_prompt_tokens = prompt_limit(max_prompt_tokens, self.context)
-        self.system_prompt = system_prompt
-        self.access = access or Access()
-        self.api_key = self.access.read_api_key()
-        self.metrics = BotMetrics()
-        self.model_thread = ModelThread(stall_timeout_s, report_waiting=self.metrics.waiting.set)
-        watch_layers(self.model, self.model_thread.watchdog.note_progress)
-        logger.info(f"{self.model_name} is ready")
+    def __init__(self, model: str, **settings: Any) -> None:
+        super().__init__(BotSettings(model=model, **settings))
+        # A single thread calls generate_text for one request after another. What fails there, the
+        # streamer raises where it is read. If the thread hangs or dies, Serve replaces the replica.
+        self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
-    @fastapi_app.post("/", **PROMPT_ROUTE)
-    async def handle_request(
-        self, request: Annotated[TextRequest, Depends(read_request)]
-    ) -> TextStream:
-        """Start the reply in the model's thread; return its stream when the first text is there."""
-        streamer = ReplyStreamer(self.tokenizer, request.stop)
-        conversation = [*begin(self.system_prompt), {"role": "user", "content": request.prompt}]
-        room = min(self.context - request.max_new_tokens, self.max_prompt_tokens)
-        input_ids = await asyncio.to_thread(encode, conversation, self.tokenizer, room)
-        self.model_thread.submit(streamer, self.generate_text, input_ids, request)
-        return await TextStream.start(self.consume_streamer(streamer))
+    @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
+    async def handle_request(self, request: PromptRequest) -> TextStream:
+        """Stream the reply once its first text is there: until then, a failure is a 500."""
+        messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
+        reply = await self.start_reply(messages, request)
+        return await TextStream.start(reply)  # waits for its first text; closes it in the end
+
+    async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
+        """Queue a conversation for the model, and return its reply, to be read as it is written."""
+        input_ids = await self.encode(messages, options)
+        streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
+        self.engine.submit(streamer, input_ids, options)
+        return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(
         self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
     ) -> None:
-        """Run the model, in its thread: each token goes to the streamer as it is generated."""
+        """Run the model, in the engine's thread, which also hands the streamer every token."""
         self.model.generate(
             torch.tensor([input_ids], device=self.model.device),
             attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
             max_new_tokens=options.max_new_tokens,
-            logits_processor=[SampleRows([options.sampler(self.model.device)])],
-            streamer=streamer,
-            stopping_criteria=[streamer],
+            logits_processor=[SamplingLogitsProcessor([options.sampler(self.model.device)])],
+            streamer=streamer,  # takes tokens, wakes the event loop for every whole character
+            stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it comes; when the client leaves, stop the model."""
+        """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
         try:
             async for text in streamer:
                 yield text
         finally:
-            self.model_thread.cancel(streamer)
+            self.engine.cancel(streamer)  # does nothing after the end
             self.metrics.record_reply(streamer.asked, streamer.token_times)
 
-    async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica if this raises."""
-        self.model_thread.check()
 
-
-def build(args: BotArguments) -> Application:
+def build(settings: BotSettings) -> Application:
     """`serve run textbot:build model=./my-model max_new_tokens=64`."""
-    return Textbot.options(**args.deployment_options()).bind(**args.constructor_arguments())
+    return settings.bind(Textbot)
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, for no hub

@@ -28,11 +28,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from serving.arguments import DEFAULT_CONTINUOUS_BATCH_SIZE
-from serving.encoding import encode
-from serving.loading import LoadedModel, load_model
-from serving.paging import start_manager
-from serving.streaming import ReplyStreamer
+from streaming_bots.generation.kv_cache import start_manager
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.models.loaded_model import LoadedModel, load_model
+from streaming_bots.models.prompt import encode
 
 NEVER = "<never>"  # a token that ends a reply and that the model has no logit for
 SHAPES = {
@@ -138,14 +138,16 @@ class Timed(ReplyStreamer):
 
 async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str, float]:
     """Microseconds per token, in the model's thread and on the event loop, for each window."""
-    streamer, marks = Timed(loaded.tokenizer), {}
-    input_ids = torch.tensor(prompts(loaded, 1), device=loaded.model.device)
+    ids = prompts(loaded, 1)
+    options = ReplyOptions.model_construct(max_new_tokens=windows[-1].stop + 1)
+    streamer, marks = Timed(loaded.tokenizer, ids[0], options, []), {}
+    input_ids = torch.tensor(ids, device=loaded.model.device)
 
     def generate() -> None:
         loaded.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=windows[-1].stop + 1,
+            max_new_tokens=options.max_new_tokens,
             streamer=streamer,
             stopping_criteria=[streamer],
         )
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-batch-size", type=int, default=DEFAULT_CONTINUOUS_BATCH_SIZE)
+    parser.add_argument("--max-batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

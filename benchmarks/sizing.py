@@ -13,8 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
-from servers import REPOSITORY, our_bot
+from servers import our_bot
 from websockets.sync.client import ClientConnection, connect
+
+from streaming_bots.models.source import BUNDLED_FOLDER
 
 URL = "ws://127.0.0.1:8000/"
 SETTLE_S = 3  # until what a change has caused is done
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--sockets", type=int, default=400, help="that are added; at most 416")
     parser.add_argument("--turns", type=int, default=50, help="replies in all")
     options = parser.parse_args()
-    model = REPOSITORY / "models" / "tiny-dialog"
+    model = BUNDLED_FOLDER
     with tempfile.TemporaryDirectory() as folder:
         server = our_bot("chatbot", model, [])
         with server.running(Path(folder) / "log") as process:

@@ -5,35 +5,25 @@ printf 'Space the final\n These are the voyages\n' | python clients/chat_client.
 
 import argparse
 import json
-import os
-import ssl
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
-from reaching import add_options, authorization, printable, show, wait_until_ready
-from terminal import HELP, is_typed, on_ctrl_c, prompts
-from websockets.exceptions import ConnectionClosed, WebSocketException
-from websockets.sync.client import ClientConnection, connect
-from websockets.typing import Subprotocol
-
-CHAT_V1 = Subprotocol("chat.v1")
-RESTARTING = 1012  # a close code: this replica ends, and has not answered; another one will
-TRIES, RETRY_S = 10, 0.5  # replicas may end one after the other
-STOP = json.dumps({"type": "stop"})
+from chat_connection import CHAT_V1, ChatConnection
+from connection import (
+    add_options,
+    authorization,
+    exit_on_error,
+    printable,
+    show,
+    wait_until_ready,
+)
+from terminal import HELP, Notes, is_typed, prompts, stop_on_ctrl_c
+from websockets.sync.client import ClientConnection
 
 
 class ReplyError(Exception):
-    """What went wrong instead of a reply; the conversation goes on."""
-
-
-class NotAnswered(Exception):
-    """The replica has ended before it replied; another one can be asked."""
-
-    def __init__(self, closed: ConnectionClosed) -> None:
-        self.closed = closed
+    """The bot's error in place of a reply; the conversation continues."""
 
 
 def ask(
@@ -42,8 +32,8 @@ def ask(
     marker: str,
     tell: Callable[[dict[str, Any]], object] = lambda message: None,
 ) -> Iterator[str]:
-    """Send a prompt, and yield its reply piece by piece; tell what chat.v1 says beside it."""
-    if websocket.subprotocol != CHAT_V1:  # the plain form: text, then the marker
+    """Send a prompt, and yield its reply piece by piece; tell what else chat.v1 says."""
+    if websocket.subprotocol != CHAT_V1:  # the plain protocol: text, then the marker
         websocket.send(prompt)
         while (text := websocket.recv(decode=True)) != marker:
             yield text
@@ -58,78 +48,20 @@ def ask(
         yield message.get("text", "")
 
 
-def print_reply(websocket: ClientConnection, prompt: str, marker: str) -> bool:
-    """Print it as it comes; return whether it came. Raises NotAnswered if nothing did."""
-    ending, shown, dropped = "", False, 0
-
-    def stop() -> None:
-        with suppress(WebSocketException):  # who reads the reply learns of it, too
-            websocket.send(STOP)
-
-    def tell(message: dict[str, Any]) -> None:
-        nonlocal dropped, ending
-        dropped = message.get("dropped", 0)
-        ending = " (stopped)" if message.get("finish_reason") == "cancelled" else ""
-        if message.get("ahead") and is_typed():
-            print(f"({message['ahead']} ahead)", file=sys.stderr)
-
-    with on_ctrl_c(stop) if websocket.subprotocol and is_typed() else nullcontext():
-        try:
-            for text in ask(websocket, prompt, marker, tell) if prompt.strip() else ():
-                show(text)
-                shown = shown or bool(text)
-            print(ending, flush=True)
-            if dropped and is_typed():
-                print(f"(the first {dropped} messages are forgotten)", file=sys.stderr)
-            return True
-        except ReplyError as error:
-            print(flush=True)
-            print(printable(str(error)), file=sys.stderr)
-            return False
-        except ConnectionClosed as closed:
-            if shown or closed.rcvd is None or closed.rcvd.code != RESTARTING:
-                raise
-            raise NotAnswered(closed) from None
-
-
-def chat(options: argparse.Namespace, headers: dict[str, str]) -> bool:
-    """Reply to all prompts; return whether all went well."""
-    well = True
-    with ExitStack() as connections:
-
-        def begin() -> ClientConnection:
-            return connections.enter_context(
-                connect(
-                    options.url,
-                    subprotocols=[CHAT_V1],
-                    additional_headers=headers,
-                    max_queue=None,  # also when nobody reads our output, pings are answered
-                )
-            )
-
-        def begin_again() -> ClientConnection:
-            wait_until_ready(options, headers)  # perhaps it was the only replica
-            print("(connected again: a new conversation)", file=sys.stderr)
-            return begin()
-
-        websocket = begin()
-        for prompt in prompts():
-            if prompt is None:  # a new conversation is a new connection
-                websocket.close()
-                wait_until_ready(options, headers)
-                websocket = begin()
-                continue
-            for more_tries in reversed(range(TRIES)):
-                if websocket.close_code is not None:
-                    websocket = begin_again()
-                try:
-                    well &= print_reply(websocket, prompt, options.end_of_response)
-                    break
-                except NotAnswered as error:
-                    if not more_tries:
-                        raise error.closed from None
-                    time.sleep(RETRY_S)
-    return well
+def print_reply(connection: ChatConnection, prompt: str, marker: str) -> bool:
+    """Print a reply as it comes; return whether it is complete."""
+    notes = Notes()
+    try:
+        with stop_on_ctrl_c(connection):
+            if prompt.strip():
+                for text in connection.ask(lambda ws: ask(ws, prompt, marker, notes.tell)):
+                    show(text)
+        notes.print()
+    except ReplyError as error:
+        print(flush=True)
+        print(printable(str(error)), file=sys.stderr)
+        return False
+    return True
 
 
 def main() -> None:
@@ -138,26 +70,18 @@ def main() -> None:
     add_options(parser, "ws://localhost:8000/")
     options = parser.parse_args()
     headers = authorization(options)
-    try:
+    well = True
+    with exit_on_error(options):
         model = wait_until_ready(options, headers)
         if is_typed():
             print(f"{model or options.url}. {HELP}", file=sys.stderr)
-        sys.exit(not chat(options, headers))
-    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ConnectionClosed as closed:
-        print()
-        code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
-        sys.exit(printable(f"{options.url} closed the connection: {code} {reason}").rstrip())
-    except ssl.SSLError as error:
-        sys.exit(f"cannot chat with {options.url}: {error}")
-    except OSError:
-        sys.exit(f"nothing answers at {options.url}: is a bot running? (serve run chatbot:app)")
-    except WebSocketException as error:
-        sys.exit(f"cannot chat with {options.url}: {error}")
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(0 if is_typed() else 130)  # to leave is no failure, to break off a script is
+        with ChatConnection(options, headers) as connection:
+            for prompt in prompts():
+                if prompt is None:
+                    connection.reset()
+                else:
+                    well &= print_reply(connection, prompt, options.end_of_response)
+    sys.exit(not well)
 
 
 if __name__ == "__main__":

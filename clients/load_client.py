@@ -1,6 +1,6 @@
 """Ask a bot many prompts at once, and watch how their replies grow.
 
-python clients/load_client.py --number 8
+python clients/load_client.py --num-prompts 8
 python clients/load_client.py --url ws://localhost:8000/ "Hello!" "Tell me a joke."
 """
 
@@ -14,22 +14,23 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from chat_client import CHAT_V1, ReplyError
+from chat_client import ReplyError
 from chat_client import ask as ask_over_websocket
+from chat_connection import CHAT_V1
+from connection import Refused, add_options, authorization, printable, wait_until_ready
 from huggingface_hub import try_to_load_from_cache
-from reaching import add_options, authorization, printable, wait_until_ready
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from stream_client import Refused
 from stream_client import ask as ask_over_http
 from tokenizers import Tokenizer
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from streaming_bots.models.source import BUNDLED, BUNDLED_FOLDER
+
 PROMPTS = ["Tell me a story about dogs.", "Tell me a joke.", "Space the final", "Hello!"]
-EMBEDDED = Path(__file__).parent.parent / "models" / "tiny-dialog"
 REFUSED = {1003, 1007, 1009, 1012, 1013}  # a Chatbot's close codes, but for failures
 LINES = 3  # of a reply that are shown, its last
 
@@ -89,7 +90,7 @@ def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> It
 
 def token_counter(model: str) -> Callable[[str], int] | None:
     """How many tokens of a model a text has, if its tokenizer.json is on this machine."""
-    folder = EMBEDDED if model == EMBEDDED.name else Path(model)
+    folder = BUNDLED_FOLDER if model == BUNDLED else Path(model)
     file = str(folder / "tokenizer.json")
     if not folder.is_dir():
         try:
@@ -133,9 +134,9 @@ def speed(row: Row, count: Callable[[str], int] | None) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Ask many prompts at once.")
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="several, or those built in")
-    parser.add_argument("--number", type=int, help="of prompts; those given, again and again")
+    parser.add_argument("--num-prompts", type=int, help="those given, again and again")
     parser.add_argument(
-        "--apart", type=float, default=0, metavar="SECONDS", help="between one prompt and the next"
+        "--interval", type=float, default=0, metavar="SECONDS", help="from one prompt to the next"
     )
     parser.add_argument("--end-of-response", default="<>", help="a plain Chatbot's marker")
     add_options(parser, "http://localhost:8000/")
@@ -144,12 +145,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    if options.number is not None and options.number < 1:
-        sys.exit("--number must be 1 or more")
-    if not 0 <= options.apart < math.inf:
-        sys.exit("--apart must be 0 seconds or more")
+    if options.num_prompts is not None and options.num_prompts < 1:
+        sys.exit("--num-prompts must be 1 or more")
+    if not 0 <= options.interval < math.inf:
+        sys.exit("--interval must be 0 seconds or more")
     prompts = options.prompts or PROMPTS
-    rows = [Row(prompt) for prompt in islice(cycle(prompts), options.number or len(prompts))]
+    rows = [Row(prompt) for prompt in islice(cycle(prompts), options.num_prompts or len(prompts))]
     headers = authorization(options)
     try:
         model = wait_until_ready(options, headers)
@@ -165,7 +166,7 @@ def start(
     """Ask all, each in a thread, which ends with this program; Ctrl-C may end that first."""
     threads = [
         threading.Thread(
-            target=row.run, args=(options, headers, number * options.apart), daemon=True
+            target=row.run, args=(options, headers, number * options.interval), daemon=True
         )
         for number, row in enumerate(rows)
     ]

@@ -4,16 +4,20 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
+from chat_connection import ChatConnection
 from prompt_toolkit import PromptSession
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
+from websockets.exceptions import WebSocketException
 
 HELP = "Alt-Enter breaks a line, Ctrl-C stops a reply, /reset begins anew, /quit or Ctrl-D leaves."
+STOP = '{"type": "stop"}'
 keys = KeyBindings()
 
 
@@ -38,6 +42,7 @@ def prompts() -> Iterator[str | None]:
     Through a pipe, each line as it is.
     """
     if not is_typed():
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     session: PromptSession[str] = PromptSession(
@@ -50,7 +55,7 @@ def prompts() -> Iterator[str | None]:
     while True:
         try:
             typed = session.prompt()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if typed.strip() == "/quit":
             return
@@ -63,18 +68,45 @@ def prompts() -> Iterator[str | None]:
             yield typed
 
 
-@contextmanager
-def on_ctrl_c(act: Callable[[], object]) -> Iterator[None]:
-    """Have the first Ctrl-C call something instead of interrupting; a second one interrupts.
+class Notes:
+    """What chat.v1 says beside the text of a reply, for a person at a terminal."""
 
-    It is called in a thread, since Ctrl-C may come in the middle of what it would disturb.
+    def __init__(self) -> None:
+        self.ending = ""
+        self.dropped = 0
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self.dropped = message.get("dropped", 0)
+        self.ending = " (stopped)" if message.get("finish_reason") == "cancelled" else ""
+        if message.get("ahead") and is_typed():
+            print(f"({message['ahead']} ahead)", file=sys.stderr)
+
+    def print(self) -> None:
+        """End the reply's line, and say what the model has forgotten."""
+        print(self.ending, flush=True)
+        if self.dropped and is_typed():
+            print(f"(the first {self.dropped} messages are forgotten)", file=sys.stderr)
+
+
+@contextmanager
+def stop_on_ctrl_c(connection: ChatConnection) -> Iterator[None]:
+    """Let the first Ctrl-C on a terminal stop the reply; a second one interrupts, as always.
+
+    The stop is sent in a thread, since Ctrl-C may interrupt what it would disturb.
     """
+    if not (connection.websocket.subprotocol and is_typed()):
+        yield
+        return
     threads: list[threading.Thread] = []
     before = signal.getsignal(signal.SIGINT)
 
+    def stop() -> None:
+        with suppress(WebSocketException):  # whoever reads the reply learns of it, too
+            connection.websocket.send(STOP)
+
     def handle(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
-        threads.append(threading.Thread(target=act))
+        threads.append(threading.Thread(target=stop))
         threads[0].start()
 
     signal.signal(signal.SIGINT, handle)

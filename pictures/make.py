@@ -65,7 +65,7 @@ def photograph_page() -> None:
 
 def draw_load(bot: str) -> None:
     """The load client at a bot: when the first reply has ended, and at the end."""
-    options = load_options().parse_args(["--url", URL, "--apart", str(APART_S)])
+    options = load_options().parse_args(["--url", URL, "--interval", str(APART_S)])
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     with running(bot):
         Row("Hello!").run(options, {}, 0)  # what a first request costs is not the subject
@@ -78,7 +78,7 @@ def draw_load(bot: str) -> None:
         for thread in threads:
             thread.join()
         console.print(draw(rows, "at the end", count, ROOM))
-    command = f"python clients/load_client.py --apart {APART_S}"
+    command = f"python clients/load_client.py --interval {APART_S}"
     title, place = f"{bot}: {command}", str(FOLDER / f"load-{bot}.svg")
     console.save_svg(place, title=title, code_format=SVG_FORMAT)
 

@@ -22,9 +22,9 @@ from ray.serve import Application
 from scripted_model import save_scripted_model
 from stepped_bots import stepped
 
-from serving.access import Access
-from serving.loading import LoadedModel, load_model
-from serving.locating import EMBEDDED
+from streaming_bots.models.loaded_model import LoadedModel, load_model
+from streaming_bots.models.source import BUNDLED
+from streaming_bots.settings import BatchSettings
 
 REPOSITORY = Path(__file__).parent.parent
 EMOJI_REPLY = "🎉 你好，世界! 👩‍👩‍👧 żółw 🐢🐢 <> <b>end</b>"
@@ -71,15 +71,19 @@ class Bot(NamedTuple):
 def arguments_of(name: str, emoji_model: Path, key_file: Path) -> dict[str, Any]:
     """What the tests' bots are constructed with.
 
-    `textbot` and so on have the embedded model, `emoji_textbot` and so on one that writes emoji
+    `textbot` and so on have the bundled model, `emoji_textbot` and so on one that writes emoji
     and Chinese, under a key. The Chatbot's context holds only a few exchanges, so that tests soon
     outgrow it.
     """
     if name.startswith("emoji_"):
-        access = Access(allowed_origins=[ALLOWED_ORIGIN], api_key_file=key_file)
-        return {"model": str(emoji_model), "max_new_tokens": MAX_NEW_TOKENS, "access": access}
-    limit = CHAT_MAX_NEW_TOKENS if name == "chatbot" else MAX_NEW_TOKENS
-    return {"model": EMBEDDED, "max_new_tokens": limit, "access": Access()}
+        return {
+            "model": str(emoji_model),
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "allowed_origins": [ALLOWED_ORIGIN],
+            "api_key_file": key_file,
+        }
+    limit = CHAT_MAX_NEW_TOKENS if name.endswith("chatbot") else MAX_NEW_TOKENS
+    return {"model": BUNDLED, "max_new_tokens": limit}
 
 
 @pytest.fixture(scope="session")
@@ -240,9 +244,9 @@ def served(request: pytest.FixtureRequest, served_bots: dict[str, Bot]) -> Bot:
 
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
-    """The embedded model in the tests' own process, to say what a reply must be."""
+    """The bundled model in the tests' own process, to say what a reply must be."""
     torch.set_num_threads(1)
-    return load_model(EMBEDDED)
+    return load_model(BUNDLED)
 
 
 def reference(loaded: LoadedModel, turns: list[str], max_new_tokens: int) -> str:
@@ -268,7 +272,11 @@ def http_reply(bot: Bot, prompt: str, max_new_tokens: int | None = None) -> str:
     return response.text
 
 
-def batches_of(bot: Bot, size: int, wait_s: float) -> None:
+def batches_of(
+    bot: Bot,
+    size: int = BatchSettings().max_batch_size,
+    wait_s: float = BatchSettings().batch_wait_timeout_s,
+) -> None:
     """Have a Batchbot begin a batch when so many requests are there, or after so long."""
     bot.call("reconfigure", {"max_batch_size": size, "batch_wait_timeout_s": wait_s})
 

@@ -12,7 +12,7 @@ from gates import Gate
 from ray import serve
 from stepped_bots import stepped
 
-from serving.locating import EMBEDDED
+from streaming_bots.models.source import BUNDLED
 
 
 class Deployed:
@@ -27,7 +27,7 @@ class Deployed:
 
     def deploy(self, **options: Any) -> None:
         """Replace its replicas by new ones."""
-        arguments = {"model": EMBEDDED, "max_new_tokens": MAX_NEW_TOKENS}
+        arguments = {"model": BUNDLED, "max_new_tokens": MAX_NEW_TOKENS}
         app = stepped(self.name, self.gate, self.options | options, **arguments)
         serve.run(app, name=self.application, route_prefix=f"/{self.application}")
 

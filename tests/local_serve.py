@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import Receive, Scope, Send
 
-from serving import scaling
+from streaming_bots.operations import drain
 
 MODULES = ("textbot", "chatbot", "batchbot", "continuousbot", "stepped_bots")
 CURRENT: ContextVar[SimpleNamespace] = ContextVar("replica")  # whose code runs
@@ -38,7 +38,7 @@ class LocalServe:
         self.replicas: dict[str, SimpleNamespace] = {}
         self.patches = pytest.MonkeyPatch()
         self.patches.setattr(serve, "get_replica_context", CURRENT.get)
-        self.patches.setattr(scaling, "is_stopping", lambda: False)
+        self.patches.setattr(drain, "is_stopping", lambda: False)
         self.longest_s = 0.0  # that the event loop has computed without a pause
         run_callback = asyncio.Handle._run
 

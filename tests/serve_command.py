@@ -27,14 +27,18 @@ ENVIRONMENT = os.environ | {
 
 @contextmanager
 def serve_run(
-    folder: Path, *arguments: str, ready_line: str = "is ready at", **environment: str
+    folder: Path,
+    *arguments: str,
+    python: Path = Path(sys.executable),
+    ready_line: str = "is ready at",
+    **environment: str,
 ) -> Iterator[list[str]]:
     """`serve run`, once the bot is ready, and the lines that it prints; Ctrl-C ends it."""
     # Two Serves can share a port, and then each gets some of the requests.
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", 8000)) != 0, "port 8000 is in use"
     process = subprocess.Popen(
-        [SERVE, "run", *arguments],
+        [python, SERVE, "run", *arguments],
         cwd=folder,
         env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,

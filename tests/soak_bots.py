@@ -20,14 +20,14 @@ from starlette.types import Receive, Scope, Send
 from batchbot import Batchbot, RawStreamer, Row
 from chatbot import Chatbot
 from continuousbot import Continuousbot
-from serving.streaming import ReplyStreamer
+from streaming_bots.generation.streamer import ReplyStreamer
 from textbot import Textbot
 
 FAIL_EVERY = 20  # generations: 5 % of them fail
 FAIL_WITHIN = 6  # steps, fewer than any reply takes
 SETTLE_S = 10  # what is still there after that is left over
 THREAD_OF_POOL = re.compile(r"_\d+$")
-OURS = {"serving", "textbot", "chatbot", "batchbot", "continuousbot"}
+OURS = {"streaming_bots", "textbot", "chatbot", "batchbot", "continuousbot"}
 PREFILL_S = 0.02  # at least, or nobody could leave during it
 
 
@@ -72,27 +72,24 @@ class Soaked:
         self.left_in: Counter[str] = Counter()
 
     def watch_cancelling(self) -> None:
-        submit = self.model_thread.submit
+        """Know the names of requests, and in which phase each is when its client leaves."""
+        submit, cancel = self.engine.submit, self.engine.cancel
 
-        def submit_and_note(streamer: ReplyStreamer, *job: Any) -> None:
+        def submit_and_note(streamer: ReplyStreamer, *arguments: Any) -> None:
             self.note(streamer)
-            submit(streamer, *job)
+            submit(streamer, *arguments)
 
-        self.model_thread.submit = submit_and_note
-
-    def note(self, streamer: Any) -> None:
-        """Know the request's name, and in which phase it is when its client leaves."""
-        self.names[streamer] = _get_serve_request_context().request_id
-        cancel = streamer.cancel
-
-        def note_and_cancel() -> None:
-            if streamer in self.names and not streamer.unread:
+        def note_and_cancel(streamer: ReplyStreamer) -> None:
+            if streamer in self.names and not streamer.done:
                 ended = streamer.text.ended.is_set()
                 self.note_phase(streamer, len(streamer.token_times), ended)
             self.names.pop(streamer, None)
-            cancel()
+            cancel(streamer)
 
-        streamer.cancel = note_and_cancel
+        self.engine.submit, self.engine.cancel = submit_and_note, note_and_cancel
+
+    def note(self, streamer: Any) -> None:
+        self.names[streamer] = _get_serve_request_context().request_id
 
     def note_phase(self, streamer: Any, tokens: int, ended: bool) -> None:
         begun = self.names[streamer] in self.begun
@@ -159,11 +156,9 @@ class Soaked:
         return report
 
     async def rest(self) -> None:
-        """Wait until the model's thread has nothing to do."""
-        streamer = ReplyStreamer(self.tokenizer)
-        self.model_thread.submit(streamer, ReplyStreamer.end)
-        async for _ in streamer:
-            pass
+        """Wait until the model has nothing to do."""
+        while self.engine.submitted:
+            await self.engine.moved.wait()
 
 
 def names_of_threads() -> list[str]:
@@ -198,16 +193,16 @@ class SoakedBatchbot(Soaked, Batchbot.func_or_class):
     def watch_cancelling(self) -> None:
         """Its rows are known to `stream_row`."""
 
-    def generate_text(self, rows: list[Row], streamer: RawStreamer) -> None:
-        self.rows = rows
-        self.tell_begun(rows)
+    def generate_text(self, streamer: RawStreamer) -> None:
+        self.rows = streamer.rows
+        self.tell_begun(streamer.rows)
         try:
-            super().generate_text(rows, streamer)
+            super().generate_text(streamer)
         finally:
             del self.rows
 
     def requests_in_generation(self) -> int:
-        return sum(not row.finished for row in self.rows)
+        return sum(not row.end for row in self.rows)
 
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
         self.names[row] = _get_serve_request_context().request_id
@@ -216,23 +211,19 @@ class SoakedBatchbot(Soaked, Batchbot.func_or_class):
                 async for text in texts:
                     yield text
         except (GeneratorExit, asyncio.CancelledError):
-            self.note_phase(row, len(row.token_times), row.finished)
+            self.note_phase(row, len(row.token_times), row.end is not None)
             raise
         finally:
             del self.names[row]
 
 
-class SoakedContinuousbot(Soaked, Continuousbot.func_or_class):
-    def watch_cancelling(self) -> None:
-        """Its streamers are known to `generate_text`."""
-
-    def generate_text(self, input_ids: list[int], options: Any, streamer: ReplyStreamer) -> None:
+class SoakedContinuousBatch(Soaked):
+    def note(self, streamer: Any) -> None:
         """A step that failed would fail all replies, and the replica; these fail one alone."""
         self.generations += 1
-        self.note(streamer)
+        super().note(streamer)
         if next(self.numbers) % FAIL_EVERY == 0:
             self.fail_after(self.random.randint(1, FAIL_WITHIN), streamer)
-        Continuousbot.func_or_class.generate_text(self, input_ids, options, streamer)
 
     def fail_after(self, tokens: int, streamer: ReplyStreamer) -> None:
         add = streamer.add
@@ -247,23 +238,29 @@ class SoakedContinuousbot(Soaked, Continuousbot.func_or_class):
         streamer.add = add_or_fail
 
     def before_step(self, *_: Any) -> None:
-        active = self.batch.manager.batch_processor.scheduler.active_requests
+        active = self.engine.manager.batch_processor.scheduler.active_requests
         begins = [
             streamer
-            for streamer, request in list(self.batch.streamers.items())
+            for streamer, request in list(self.engine.requests.items())
             if request in active and self.names.get(streamer, "") not in self.begun
         ]
         if begins:
             self.tell_begun(begins)
             time.sleep(PREFILL_S)
 
-    async def rest(self) -> None:
-        """Its thread is at rest when all replies are over."""
+
+class SoakedContinuousbot(SoakedContinuousBatch, Continuousbot.func_or_class):
+    pass
+
+
+class SoakedBatchedChatbot(SoakedContinuousBatch, Chatbot.func_or_class):
+    pass
 
 
 SOAKED = {
-    SoakedTextbot: Textbot,
-    SoakedChatbot: Chatbot,
-    SoakedBatchbot: Batchbot,
-    SoakedContinuousbot: Continuousbot,
+    "textbot": (SoakedTextbot, Textbot, {}),
+    "chatbot": (SoakedChatbot, Chatbot, {}),
+    "batched_chatbot": (SoakedBatchedChatbot, Chatbot, {"max_batch_size": 32}),
+    "batchbot": (SoakedBatchbot, Batchbot, {}),
+    "continuousbot": (SoakedContinuousbot, Continuousbot, {}),
 }

@@ -4,6 +4,7 @@ A test lets the model take some steps, does what it is about (reads, disconnects
 waits for the events that this causes in the bot, and lets the model continue.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -15,13 +16,14 @@ from gates import Gate
 from ray import serve
 from ray.serve import Application
 
-from batchbot import Batchbot, Row
+from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
-from serving import scaling
-from serving.decoding import TokenDecoder
-from serving.prompts import ReplyOptions
-from serving.streaming import ReplyStreamer
+from streaming_bots.generation.row import Row
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.generation.text_decoder import TextDecoder
+from streaming_bots.operations import drain
 from textbot import Textbot
 
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -62,12 +64,11 @@ class Stepped:
         self.report("started")
 
     def watch_submit(self) -> None:
-        self.submit, self.model_thread.submit = self.model_thread.submit, self.submit_and_report
+        self.submit, self.engine.submit = self.engine.submit, self.submit_and_report
 
-    def submit_and_report(self, *arguments: Any, **options: Any) -> int:
-        ahead = self.submit(*arguments, **options)
+    def submit_and_report(self, *arguments: Any) -> None:
+        self.submit(*arguments)
         self.report("submitted")
-        return ahead
 
     def count_and_report(self, outcome: str) -> None:
         self.count(outcome)
@@ -77,7 +78,7 @@ class Stepped:
         if error := self.gate.step(options["input_ids"].numel()):
             raise error
 
-    def spoil(self, decoder: TokenDecoder, input_ids: list[int]) -> None:
+    def spoil(self, decoder: TextDecoder, input_ids: list[int]) -> None:
         """Make the decoder of a certain prompt fail at the third token."""
         if DECODE_ERROR in self.tokenizer.decode(input_ids):
             step = decoder.step
@@ -97,8 +98,8 @@ class Stepped:
         self.report.flush()
 
     def stall_after(self, seconds: float) -> None:
-        self.model_thread.watchdog.stall_timeout_s = seconds
-        self.model_thread.watchdog.watching = None  # the next prompt is watched anew
+        self.engine.watchdog.stall_timeout_s = seconds
+        self.engine.watchdog.watching = None  # the next prompt is watched anew
 
     def slow_down(self, seconds: float) -> None:
         """Let each layer of the model take so long."""
@@ -117,11 +118,11 @@ def failing_tokenizer(original: type) -> type:
 
 
 class SteppedText(Stepped):
-    def generate_text(
-        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
+    def submit_and_report(
+        self, streamer: ReplyStreamer, input_ids: list[int], options: ReplyOptions
     ) -> None:
         self.spoil(streamer.decoder, input_ids)
-        super().generate_text(input_ids, options, streamer)
+        super().submit_and_report(streamer, input_ids, options)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         try:
@@ -140,18 +141,13 @@ class SteppedChatbot(SteppedText, Chatbot.func_or_class):
     """Has fewer places, and notices sooner that it ends."""
 
     async def __init__(self, *arguments: Any, **options: Any) -> None:
-        scaling.LOOK_EVERY_S, scaling.SILENCE_S = 0.5, 3 * HEALTH_CHECK_PERIOD_S
+        drain.LOOK_EVERY_S, drain.SILENCE_S = 0.5, 3 * HEALTH_CHECK_PERIOD_S
         await super().__init__(*arguments, **options)
-        self.free_places = MAX_CHATS
+        self.places = asyncio.Semaphore(MAX_CHATS)
 
 
 class SteppedContinuousbot(SteppedText, Continuousbot.func_or_class):
-    def watch_submit(self) -> None:
-        self.submit, self.batch.add = self.batch.add, self.submit_and_report
-
-    def stall_after(self, seconds: float) -> None:
-        self.batch.watchdog.stall_timeout_s = seconds
-        self.batch.watchdog.watching = None  # the next prompt is watched anew
+    pass
 
 
 class SteppedBatchbot(Stepped, Batchbot.func_or_class):
@@ -166,20 +162,22 @@ class SteppedBatchbot(Stepped, Batchbot.func_or_class):
             self.report("left")
 
 
-STEPPED: dict[str, tuple[type, serve.Deployment]] = {
-    "textbot": (SteppedTextbot, Textbot),
-    "chatbot": (SteppedChatbot, Chatbot),
-    "batchbot": (SteppedBatchbot, Batchbot),
-    "continuousbot": (SteppedContinuousbot, Continuousbot),
+# A bot by its name in the tests, the original, and what it is constructed with.
+STEPPED: dict[str, tuple[type, serve.Deployment, dict[str, Any]]] = {
+    "textbot": (SteppedTextbot, Textbot, {}),
+    "chatbot": (SteppedChatbot, Chatbot, {}),
+    "batched_chatbot": (SteppedChatbot, Chatbot, {"max_batch_size": 32}),
+    "batchbot": (SteppedBatchbot, Batchbot, {}),
+    "continuousbot": (SteppedContinuousbot, Continuousbot, {}),
 }
 
 
 def stepped(name: str, gate: Gate, options: dict[str, Any], **arguments: Any) -> Application:
     """A stepped bot, with the options of the original, faster health checks, and these."""
-    bot, original = STEPPED[name]
+    bot, original, own = STEPPED[name]
     options = {
         "func_or_class": bot,
         **options,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
     }
-    return original.options(**options).bind(gate, **arguments)
+    return original.options(**options).bind(gate, **own | arguments)

@@ -1,8 +1,9 @@
-"""serving/access.py: which requests pass, over HTTP and WebSocket alike."""
+"""access.py: which requests pass, over HTTP and WebSocket alike."""
 
 import asyncio
 import base64
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.access import Access
-from serving.arguments import BotArguments
+from streaming_bots.access import AccessSettings
+from streaming_bots.http.access import guard
+from streaming_bots.settings import BotSettings
 
 HOST, KEY = "localhost:8000", "correct-horse/battery+staple="
 
@@ -21,7 +23,7 @@ async def bot(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def answer(
-    access: Access,
+    access: AccessSettings,
     headers: dict[str, str],
     kind: str = "http",
     subprotocols: tuple[str, ...] = (),
@@ -49,7 +51,8 @@ def answer(
     async def receive() -> Message:
         raise AssertionError("nothing is to be read")
 
-    asyncio.run(access.guard(bot, access.read_api_key())(scope, receive, send))  # type: ignore[arg-type]
+    guarded = guard(bot, SimpleNamespace(settings=access, api_key=access.read_api_key()))
+    asyncio.run(guarded(scope, receive, send))
     found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], found, sent[1]["body"]
 
@@ -73,7 +76,7 @@ def answer(
     ],
 )
 def test_only_allowed_hosts_are_answered_for(kind, allowed, host, status):
-    access = Access() if allowed is None else Access(allowed_hosts=allowed)
+    access = AccessSettings() if allowed is None else AccessSettings(allowed_hosts=allowed)
     assert answer(access, {"Host": host}, kind)[0] == status
 
 
@@ -104,7 +107,7 @@ def test_only_allowed_hosts_are_answered_for(kind, allowed, host, status):
     ],
 )
 def test_web_pages_of_other_origins_are_refused(kind, origin, host, status):
-    access = Access(allowed_origins=["https://chat.example.org"])
+    access = AccessSettings(allowed_origins=["https://chat.example.org"])
     headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
     found, _, body = answer(access, headers, kind)
     assert found == status
@@ -114,13 +117,13 @@ def test_web_pages_of_other_origins_are_refused(kind, origin, host, status):
 
 def test_any_origin_may_be_allowed():
     for origin in ("https://anything.example", "null"):
-        assert answer(Access(allowed_origins=["*"]), {"Origin": origin})[0] == 200
+        assert answer(AccessSettings(allowed_origins=["*"]), {"Origin": origin})[0] == 200
 
 
 def test_an_allowed_origin_may_read_the_answer_and_ask_before_with_no_key(tmp_path):
     (tmp_path / "key").write_text(KEY)
     origin = "https://chat.example.org"
-    access = Access(allowed_origins=[origin], api_key_file=tmp_path / "key")
+    access = AccessSettings(allowed_origins=[origin], api_key_file=tmp_path / "key")
     preflight = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
@@ -139,12 +142,12 @@ def test_an_allowed_origin_may_read_the_answer_and_ask_before_with_no_key(tmp_pa
 @pytest.mark.parametrize("origin", ["https://chat.example.org", "http://chat.example.org"])
 def test_an_allowed_origin_may_name_the_default_port_of_its_scheme(origin):
     port = ":443" if origin.startswith("https") else ":80"
-    assert answer(Access(allowed_origins=[origin + port]), {"Origin": origin})[0] == 200
-    assert answer(Access(allowed_origins=[origin + ":81"]), {"Origin": origin})[0] == 403
+    assert answer(AccessSettings(allowed_origins=[origin + port]), {"Origin": origin})[0] == 200
+    assert answer(AccessSettings(allowed_origins=[origin + ":81"]), {"Origin": origin})[0] == 403
 
 
 def test_without_allowed_origins_no_page_may_read_an_answer():
-    _, headers, _ = answer(Access(), {"Origin": f"http://{HOST}"})
+    _, headers, _ = answer(AccessSettings(), {"Origin": f"http://{HOST}"})
     assert "access-control-allow-origin" not in headers
 
 
@@ -165,15 +168,15 @@ def test_without_allowed_origins_no_page_may_read_an_answer():
     ],
 )
 def test_a_client_does_not_decide_what_is_the_operators(kind, name, value, status):
-    found, _, body = answer(Access(), {name: value}, kind)
+    found, _, body = answer(AccessSettings(), {name: value}, kind)
     assert found == status
     assert status == 200 or name.lower() in body.decode()
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 def test_a_query_has_no_more_parameters_than_are_soon_read(kind):
-    assert answer(Access(), {}, kind, query="&".join(["stop=a"] * 50))[0] == 200
-    status, _, body = answer(Access(), {}, kind, query="&".join(["stop=a"] * 51))
+    assert answer(AccessSettings(), {}, kind, query="&".join(["stop=a"] * 50))[0] == 200
+    status, _, body = answer(AccessSettings(), {}, kind, query="&".join(["stop=a"] * 51))
     assert status == 422
     assert b"too many parameters" in body
 
@@ -202,7 +205,7 @@ def in_base64(key: str) -> str:
 def test_a_key_is_needed_where_one_is_set(tmp_path, kind, authorization, status):
     (tmp_path / "key").write_text(f"  {KEY}\n")
     headers = {} if authorization is None else {"Authorization": authorization}
-    found, answered, body = answer(Access(api_key_file=tmp_path / "key"), headers, kind)
+    found, answered, body = answer(AccessSettings(api_key_file=tmp_path / "key"), headers, kind)
     assert found == status
     if status == 401:
         assert answered["www-authenticate"] == "Bearer"
@@ -224,7 +227,7 @@ def test_a_key_is_needed_where_one_is_set(tmp_path, kind, authorization, status)
 )
 def test_a_browser_offers_the_key_as_a_subprotocol(tmp_path, subprotocols, status):
     (tmp_path / "key").write_text(KEY)
-    access = Access(api_key_file=tmp_path / "key")
+    access = AccessSettings(api_key_file=tmp_path / "key")
     assert answer(access, {}, "websocket", subprotocols)[0] == status
 
 
@@ -243,14 +246,14 @@ def test_a_file_without_a_key_is_refused_in_build(tmp_path: Path, content, probl
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=f"api_key_file: .*{problem}"):
-        BotArguments(api_key_file=str(file)).constructor_arguments()
+        BotSettings(api_key_file=str(file)).constructor_arguments()
 
 
 def test_the_key_stays_in_its_file_until_a_replica_reads_it(tmp_path, monkeypatch):
     (tmp_path / "key").write_text(KEY)
     monkeypatch.chdir(tmp_path)
-    arguments = BotArguments(model="tiny-dialog", api_key_file="key").constructor_arguments()
-    assert arguments["access"].api_key_file == tmp_path / "key"
+    arguments = BotSettings(model="tiny-dialog", api_key_file="key").constructor_arguments()
+    assert arguments["api_key_file"] == tmp_path / "key"
     assert KEY not in repr(arguments)
 
 
@@ -271,10 +274,10 @@ def test_the_key_stays_in_its_file_until_a_replica_reads_it(tmp_path, monkeypatc
 )
 def test_what_is_no_host_or_origin_is_named(wrong):
     with pytest.raises(ValidationError) as error:
-        BotArguments(**wrong)
+        BotSettings(**wrong)
     assert error.value.errors()[0]["loc"][0] == next(iter(wrong))
 
 
 def test_names_on_the_command_line_have_commas_between_them():
-    arguments = BotArguments(allowed_hosts="localhost, chat.example.org")
+    arguments = BotSettings(allowed_hosts="localhost, chat.example.org")
     assert arguments.allowed_hosts == ["localhost", "chat.example.org"]

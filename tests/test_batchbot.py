@@ -1,12 +1,14 @@
 """batchbot.py: rows that run together, and end each for itself."""
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -25,9 +27,10 @@ from bot_fixtures import (
     reference,
 )
 from callers import HttpCaller
+from engines import new_thread, reply_options
 from ray import serve
 from ray.serve import Application
-from scripted_model import save_random_model
+from scripted_model import byte_tokenizer, save_random_model
 from stepped_bots import DECODE_ERROR
 from transformers import (
     BartConfig,
@@ -42,17 +45,14 @@ from transformers import (
 )
 from transformers.generation.utils import DeferredStopCheck
 
-import batchbot as batchbot_module
-from batchbot import Batchbot, RawStreamer, Row
+from batchbot import Batchbot, RawStreamer
 from continuousbot import Continuousbot
-from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S, BatchbotArguments
-from serving.decoding import TokenDecoder
-from serving.loading import load_model
-from serving.locating import EMBEDDED
-from serving.model_thread import ModelThread
-from serving.padding import check_padding
-from serving.prompts import ReplyOptions
-from serving.watchdog import ModelStalled
+from streaming_bots.errors import ModelStalled
+from streaming_bots.generation.padding import check_padding
+from streaming_bots.generation.row import Row, split_rows
+from streaming_bots.models.loaded_model import load_model
+from streaming_bots.models.source import BUNDLED
+from streaming_bots.settings import BatchbotSettings
 
 PROMPTS = [
     "Hi",
@@ -68,7 +68,7 @@ SHORT, LONG = "Thank you, good night!", "Tell me a story about dogs."
 def batchbot(bots: Bots) -> Iterator[Bot]:
     bots.batchbot.gate.open()
     yield bots.batchbot
-    batches_of(bots.batchbot, DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+    batches_of(bots.batchbot)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_row_that_has_finished_or_was_left_costs_nothing_more(batchbot, loaded
 
 
 def test_prompts_that_arrive_while_a_batch_runs_make_one_next_batch(batchbot, loaded):
-    batches_of(batchbot, DEFAULT_BATCH_SIZE, wait_s=0.001)  # less than from one to the next
+    batches_of(batchbot, wait_s=0.001)  # less than from one to the next
     batchbot.gate.hold_after(0)
     with ThreadPoolExecutor(4) as callers:
         replies = [callers.submit(http_reply, batchbot, SHORT, 2)]
@@ -291,27 +291,37 @@ def replies_alone(folder: Path, prompts: list[str], lengths: list[int]) -> list[
 
 
 def test_an_argument_that_user_config_overrides_is_named(caplog, monkeypatch):
-    monkeypatch.setattr(batchbot_module.logger, "propagate", True)
-    arguments = BatchbotArguments(model=EMBEDDED, max_batch_size=8).constructor_arguments()
-    bot = SimpleNamespace(
-        configured=False, run_model=Mock(), batch_arguments=arguments["batch_arguments"]
-    )
-    Batchbot.func_or_class.reconfigure(bot, {"max_batch_size": 8, "batch_wait_timeout_s": 3})
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    given = BatchbotSettings(model=BUNDLED, max_batch_size=8).constructor_arguments()
+    settings = BatchbotSettings(**given)  # as in the replica
+    settings.reconfigure({"max_batch_size": 8, "batch_wait_timeout_s": 3})
     assert caplog.messages == []
-    Batchbot.func_or_class.reconfigure(bot, {"max_batch_size": 4, "batch_wait_timeout_s": 3})
+    settings.reconfigure({"max_batch_size": 4, "batch_wait_timeout_s": 3})
     told = {record.getMessage() for record in caplog.records}  # by both of its handlers
     assert told == {"max_batch_size is 4, from user_config, and not 8, from args"}
 
 
+def test_a_batch_that_all_have_left_before_it_begins_ends_at_once(loaded):
+    async def read() -> list[Any]:
+        row = Row(loaded.tokenizer, [0], reply_options(9), [])
+        row.cancelled = True
+        streamer = RawStreamer([row])
+        new_thread().submit(streamer, RawStreamer.fail, AssertionError())  # is not called
+        async with asyncio.timeout(HANG_S):
+            return [steps async for steps in streamer.steps]
+
+    assert asyncio.run(read()) == []
+
+
 def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loaded):
     def die(streamer: RawStreamer) -> None:
+        streamer(torch.tensor([[0, 5]]), None)
         streamer.put(torch.tensor([5]))
         raise SystemExit
 
     async def read() -> None:
-        options = ReplyOptions.model_construct(max_new_tokens=9)
-        rows = [Row([0], options, None, TokenDecoder(loaded.tokenizer))]
-        streamer, thread = RawStreamer(rows, []), ModelThread()
+        rows = [Row(loaded.tokenizer, [0], reply_options(9), [])]
+        streamer, thread = RawStreamer(rows), new_thread()
         thread.submit(streamer, die)
         thread.thread.join(HANG_S)
         async for items in Batchbot.func_or_class.consume_streamer(None, rows, streamer):
@@ -356,8 +366,8 @@ def test_a_long_prompt_beside_it_takes_no_room_from_a_reply(run_other, tmp_path)
 
 def rows_of(*lengths: int) -> list[Row]:
     """Rows of prompts with so many tokens, whose replies may have ten."""
-    options = ReplyOptions.model_construct(max_new_tokens=10)
-    return [Row([0] * length, options, None, None) for length in lengths]
+    tokenizer = byte_tokenizer(512)
+    return [Row(tokenizer, [0] * length, reply_options(10), []) for length in lengths]
 
 
 PHI = Phi3Config(
@@ -390,12 +400,17 @@ def test_a_model_whose_positions_change_with_the_longest_row_has_its_first_conte
 
 def test_prompts_that_would_mostly_be_padding_run_apart_the_shortest_first():
     def lengths(context: int, *prompts: int) -> list[list[int]]:
-        parts = Batchbot.func_or_class.split(SimpleNamespace(context=context), rows_of(*prompts))
+        parts = split_rows(rows_of(*prompts), context)
         return [[len(row.input_ids) for row in part] for part in parts]
 
     assert lengths(512, 5, 400, 30) == [[5, 400, 30]]
     assert lengths(32_000, 30_000, *[5] * 15) == [[5] * 15, [30_000]]
-    assert lengths(32_000, 30_000, 20_000) == [[30_000, 20_000]]
+    assert lengths(32_000, 15_000, 12_000) == [[15_000, 12_000]]
+
+
+def test_rows_that_together_would_take_too_much_memory_run_apart():
+    parts = split_rows(rows_of(*[8000] * 9), 32_000)
+    assert [len(part) for part in parts] == [4, 4, 1]
 
 
 def test_a_part_of_a_batch_that_fails_fails_no_other(bots: Bots, run_other, tmp_path):
@@ -409,6 +424,29 @@ def test_a_part_of_a_batch_that_fails_fails_no_other(bots: Bots, run_other, tmp_
     model.register_forward_pre_hook(fail_for_long, with_kwargs=True)
     callers = [HttpCaller(bot, "x" * 59, 4), HttpCaller(bot, "Hey!", 32)]
     assert [caller.outcome() for caller in callers] == ["failed", "finished"]
+
+
+def test_a_client_that_leaves_during_an_earlier_part_costs_the_next_nothing(
+    bots: Bots, run_other, tmp_path
+):
+    bot = run_other(batchbot_of(GPT_NEO, tmp_path, 3))
+    its = bots.local.replicas["/other"].servable_object
+    begun, go, shapes = threading.Event(), threading.Event(), []
+
+    def hold(model, arguments, options) -> None:
+        shapes.append(tuple(options["input_ids"].shape))
+        begun.set()
+        go.wait(HANG_S)
+
+    its.model.register_forward_pre_hook(hold, with_kwargs=True)
+    callers = [HttpCaller(bot, *each) for each in (("Hey!", 32), ("x" * 58, 4), ("y" * 59, 4))]
+    assert begun.wait(HANG_S)  # with the short prompt
+    (row,) = (row for row in its.metrics.running.members if row.prompt_tokens == 60)
+    row.cancelled = True  # as Serve would see to it
+    callers.pop().leave("close")
+    go.set()
+    assert {caller.outcome() for caller in callers} == {"finished"}
+    assert [shape for shape in shapes if shape[1] > 50] == [(1, 59)]
 
 
 @pytest.mark.parametrize("config", [RWKV, BART], ids=lambda each: each.model_type)
@@ -478,4 +516,4 @@ def test_unicode_arrives_whole_in_every_row(bots: Bots):
         # A prompt that is shorter by two characters has two dots before its reply.
         rows = callers.map(chunks_of, [EMOJI_PROMPT, EMOJI_PROMPT[2:]])
         assert ["".join(row) for row in rows] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
-    batches_of(bot, DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+    batches_of(bot)

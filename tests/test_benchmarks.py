@@ -17,12 +17,12 @@ from report import write_report
 from servers import SETTINGS, our_bot, stopped
 from transformers import GPT2Config, LlamaConfig
 
-from serving.encoding import encode
-from serving.loading import load_model
-from serving.locating import EMBEDDED
+from streaming_bots.models.loaded_model import load_model
+from streaming_bots.models.prompt import encode
+from streaming_bots.models.source import BUNDLED, BUNDLED_FOLDER
 
 
-@pytest.mark.parametrize("source", [EMBEDDED, "gpt2-shape", "llama-1b-shape"])
+@pytest.mark.parametrize("source", [BUNDLED, "gpt2-shape", "llama-1b-shape"])
 def test_an_endless_model_writes_as_many_tokens_as_it_may(tmp_path, source, monkeypatch):
     small = GPT2Config(n_layer=1, n_embd=48, vocab_size=3000)
     monkeypatch.setitem(in_process.SHAPES, "gpt2-shape", small)
@@ -89,7 +89,7 @@ def test_a_bot_is_measured_as_it_is_asked_for(tmp_path):
 
 def test_what_is_measured_in_process_waits_to_be_asked():
     options = argparse.Namespace(dtype="float32", cpus=1, gpus=0, max_batch_size=2, tokens=4)
-    with bench.InProcess("generate", REPOSITORY / "models" / EMBEDDED, options) as limit:
+    with bench.InProcess("generate", BUNDLED_FOLDER, options) as limit:
         assert limit.measure(1) > 0
         assert limit.measure(3) > 0
     assert limit.process.returncode is not None

@@ -20,7 +20,7 @@ from test_access import in_base64
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
-from serving.chat import MAX_PROMPTS_AHEAD
+from streaming_bots.chat.connection import MAX_PROMPTS_AHEAD
 
 HELLO, STORY = "Hello!", "Tell me a story about dogs."
 
@@ -59,8 +59,15 @@ def chat(bot: Bot) -> Iterator[Client]:
         yield Client(websocket)
 
 
+@pytest.fixture(params=["chatbot", "batched_chatbot"])
+def chatbot(request: pytest.FixtureRequest, bots: Bots) -> Bot:
+    bot = getattr(bots, request.param)
+    bot.gate.open()
+    return bot
+
+
 @pytest.fixture
-def chatbot(bots: Bots) -> Bot:
+def one_at_a_time(bots: Bots) -> Bot:
     bots.chatbot.gate.open()
     return bots.chatbot
 
@@ -161,11 +168,11 @@ def test_stop_also_ends_what_waits_and_nothing_that_comes_later(chatbot, loaded)
         assert (message["finish_reason"], message["tokens"]) == ("length", 2)
 
 
-def test_who_waits_for_others_is_told_how_many(chatbot, loaded):
-    chatbot.gate.hold_after(0)
-    with chat(chatbot) as one, chat(chatbot) as two, chat(chatbot) as three:
+def test_who_waits_for_others_is_told_how_many(one_at_a_time, loaded):
+    one_at_a_time.gate.hold_after(0)
+    with chat(one_at_a_time) as one, chat(one_at_a_time) as two, chat(one_at_a_time) as three:
         one.prompt(HELLO)
-        chatbot.gate.wait("step", 1)
+        one_at_a_time.gate.wait("step", 1)
         two.prompt("My name is Anna.")
         assert two.receive() == {"type": "waiting", "ahead": 1}
         three.prompt(HELLO)
@@ -173,7 +180,7 @@ def test_who_waits_for_others_is_told_how_many(chatbot, loaded):
         two.send(type="stop")  # it does not have to wait for its turn to be told
         assert two.answer()[1]["finish_reason"] == "cancelled"
         assert three.receive() == {"type": "waiting", "ahead": 1}  # the line has moved
-        chatbot.gate.release()
+        one_at_a_time.gate.release()
         assert one.answer()[1]["finish_reason"] == "stop"
         assert three.receive() == {"type": "waiting", "ahead": 0}
         assert three.answer()[1]["finish_reason"] == "stop"
@@ -185,7 +192,7 @@ def test_who_waits_for_others_is_told_how_many(chatbot, loaded):
 @pytest.mark.parametrize(
     ("frame", "detail"),
     [
-        (b"Hello!", "a message is JSON in a text frame, not a binary one"),
+        (b"Hello!", "a message is JSON in a text message, not a binary one"),
         ("Hello!", "the message is not a JSON object"),
         ("[]", "the message is not a JSON object"),
         ("{}", 'a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}'),
@@ -220,15 +227,15 @@ def test_an_error_answers_its_message_and_leaves_the_conversation_open(
     chatbot.gate.wait("finished", 2)
 
 
-def test_a_failure_answers_its_prompt_and_leaves_the_conversation_open(chatbot, loaded):
+def test_a_failure_answers_its_prompt_and_leaves_the_conversation_open(one_at_a_time, loaded):
     turns = ["My name is Anna."]
-    with chat(chatbot) as client:
+    with chat(one_at_a_time) as client:
         turns += [client.ask(turns[0])[0], "What is my name?"]
         assert client.ask(ENCODE_ERROR)[1] == {
             "type": "error",
             "detail": "the reply failed: ValueError",
         }
-        chatbot.gate.fail_at(3)
+        one_at_a_time.gate.fail_at(3)
         began, error = client.ask(STORY)
         assert began
         assert error == {"type": "error", "detail": "the reply failed: RuntimeError"}

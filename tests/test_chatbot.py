@@ -2,26 +2,24 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import Mock
 
 import pytest
 from bot_fixtures import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KEY, Bots, reference
 from callers import ChatCaller, ask, receive
-from fastapi import WebSocket, WebSocketDisconnect
+from engines import limits_of, reply_options
+from fastapi import WebSocket
 from ray.exceptions import TaskCancelledError
-from starlette.websockets import WebSocketState
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from chatbot import MAX_WAITING
-from serving import chat
-from serving.chat import MAX_PROMPTS_AHEAD, Chat, Prompt
-from serving.prompts import ReplyOptions
-from serving.wire import BadFrame, Limits, PlainWire
+from chatbot import Chatbot
+from streaming_bots.chat import connection
+from streaming_bots.chat.connection import MAX_PROMPTS_AHEAD, ChatConnection
+from streaming_bots.errors import BadMessage
+from streaming_bots.settings import ChatbotSettings
 
 HANG_S = 60
 
@@ -132,7 +130,7 @@ def test_a_client_that_sends_too_many_prompts_ahead_is_told_so(chatbot):
 
 
 def test_a_client_that_sends_too_much_ahead_is_told_so(chatbot, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_CHARACTERS_AHEAD", 99)
+    monkeypatch.setattr(connection, "MAX_CHARACTERS_AHEAD", 99)
     chatbot.gate.hold_after(0)
     with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
         for prompt in ("x" * 99, "x", "Hello!"):  # the last comes when 100 wait
@@ -161,7 +159,7 @@ def test_prompts_that_would_wait_too_long_are_told_to_try_again_later(chatbot):
     chatbot.gate.hold_after(0)
     callers = [ChatCaller(chatbot, "Hello!")]
     chatbot.gate.wait("step", 1)
-    for number in range(MAX_WAITING):
+    for number in range(ChatbotSettings.max_waiting):
         callers.append(ChatCaller(chatbot, "Hello!"))
         chatbot.gate.wait("submitted", number + 2)
     assert ChatCaller(chatbot, "Hello!").outcome() == "refused"
@@ -169,7 +167,7 @@ def test_prompts_that_would_wait_too_long_are_told_to_try_again_later(chatbot):
         websocket.send('{"type": "prompt", "prompt": "Hello!"}')
         assert json.loads(websocket.recv(timeout=HANG_S)) == {
             "type": "error",
-            "detail": f"{MAX_WAITING} prompts already wait for the model",
+            "detail": f"{ChatbotSettings.max_waiting} prompts already wait for the model",
         }
     chatbot.gate.wait("refused", 2)
     for caller in callers:
@@ -231,6 +229,16 @@ def test_a_prompt_that_does_not_fit_closes_the_socket_with_1009(chatbot, loaded)
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1009, reason)
 
 
+def test_a_shorter_reply_leaves_more_room_for_a_prompt(chatbot, loaded):
+    prompt = "word " * 200
+    with connect(f"{chatbot.ws}?max_new_tokens=3") as websocket:
+        assert ask(websocket, prompt) == reference(loaded, [prompt], 3)
+    with connect(f"{chatbot.ws}?max_new_tokens=3") as websocket:
+        websocket.send("x" * 10_000)  # more bytes than a reply of 400 tokens would leave room for
+        with pytest.raises(ConnectionClosedError, match="tokens"):
+            websocket.recv(timeout=HANG_S)
+
+
 def test_the_options_of_a_chat_are_in_the_query_of_its_handshake(chatbot, loaded):
     def replies(query: str) -> list[str]:
         with connect(f"{chatbot.ws}?{query}") as websocket:
@@ -258,83 +266,106 @@ def test_a_handshake_with_a_bad_option_is_refused_with_its_name(
     chatbot.gate.wait("refused", 1)
 
 
-def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
-    """Seen when many leave at once, so it is made here."""
-
-    async def receive() -> None:
-        raise TaskCancelledError
-
-    async def open_chat() -> None:
-        ws = SimpleNamespace(accept=AsyncMock(), receive=receive)
-        wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(), "<>")
-        async with (
-            Chat(wire, Mock(), Mock(), Mock(), asyncio.Event()).open(),
-            asyncio.timeout(HANG_S),
-        ):
-            await asyncio.Event().wait()
-
-    asyncio.run(open_chat())
-    assert not caplog.records
+def connection_to(ws: Any) -> ChatConnection:
+    """A connection of a bot that is not there."""
+    drain = SimpleNamespace(begun=asyncio.Event())
+    bot = limits_of(9, 9, new_conversation=list, metrics=Mock(), drain=drain)
+    return ChatConnection(ws, bot, reply_options(9), "<>")
 
 
-def test_a_client_that_sends_on_when_its_socket_is_closed_disturbs_nobody(caplog):
-    """Its prompts may come between an error, which closes a plain socket, and its own close."""
-    received = [{"type": "websocket.connect"}]
-    received += [{"type": "websocket.receive", "text": "Hello!"}] * (MAX_PROMPTS_AHEAD + 2)
-    sent: list[str] = []
+def socket_that_receives(*messages: dict[str, Any]) -> tuple[WebSocket, list[str]]:
+    """An accepted WebSocket whose client sends these, and the types of what it is sent."""
+    received, sent = [{"type": "websocket.connect"}, *messages], []
 
     async def receive() -> Any:
+        if not received:
+            await asyncio.Event().wait()
         return received.pop(0)
 
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
+    return WebSocket({"type": "websocket", "subprotocols": []}, receive, send), sent
+
+
+def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
+    """Seen when many leave at once, so it is made here."""
+
     async def open_chat() -> None:
-        ws = WebSocket({"type": "websocket"}, receive, send)
-        wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(stop=[]), "<>")
-        its = Chat(wire, Mock(), Mock(), Mock(), asyncio.Event())
-        async with its.open(), asyncio.timeout(HANG_S):
-            with suppress(WebSocketDisconnect):
-                await wire.send_error(BadFrame("no prompt"))
-            await asyncio.Event().wait()
+        ws, _ = socket_that_receives()
+        await ws.accept()
+        async with asyncio.timeout(HANG_S), connection_to(ws).open(), asyncio.TaskGroup():
+            raise TaskCancelledError
 
     asyncio.run(open_chat())
-    assert sent == ["websocket.accept", "websocket.close"]
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name == "ray.serve"]
+
+
+def test_a_client_that_sends_on_when_its_socket_is_closed_disturbs_nobody(caplog):
+    """Its prompts may come between an error, which closes a plain socket, and its own close."""
+    prompt = {"type": "websocket.receive", "text": "Hello!"}
+
+    async def open_chat() -> list[str]:
+        ws, sent = socket_that_receives(*[prompt] * (MAX_PROMPTS_AHEAD + 2))
+        await ws.accept()
+        connection = connection_to(ws)
+        async with asyncio.timeout(HANG_S), connection.open(), asyncio.TaskGroup():
+            await connection.close(BadMessage("no prompt"))
+            await Chatbot.func_or_class.receive(None, ws, connection)
+        return sent
+
+    assert asyncio.run(open_chat()) == ["websocket.accept", "websocket.close"]
+    assert not [record for record in caplog.records if record.name == "ray.serve"]
 
 
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_replica_that_ends_tells_who_has_left_from_whom_it_refuses(leaves):
-    metrics, draining = Mock(), asyncio.Event()
-    ended, read = asyncio.Event(), asyncio.Event()
+    prompt = {"type": "websocket.receive", "text": "Hello!"}
+    leaving = {"type": "websocket.disconnect", "code": 1001}
 
-    async def frames() -> AsyncIterator[dict[str, str | int]]:
-        await ended.wait()  # the replica knows that it is to end
-        yield {"type": "websocket.receive", "text": "Hello!"}
-        if leaves:
-            yield {"type": "websocket.disconnect", "code": 1001}
-        await asyncio.Event().wait()
+    async def open_chat() -> Mock:
+        ws, _ = socket_that_receives(prompt, *[leaving] * leaves)
+        await ws.accept()
+        connection, read = connection_to(ws), asyncio.Event()
+        take = connection.take
 
-    async def open_chat() -> None:
-        ws = SimpleNamespace(accept=AsyncMock(), receive=frames().__anext__, close=AsyncMock())
-        ws.application_state = WebSocketState.CONNECTED
-        wire = PlainWire(ws, Limits(9, 9), ReplyOptions.model_construct(stop=[]), "<>")
-        its = Chat(wire, lambda stop: read.set(), Mock(), metrics, draining)
-        put = its.prompts.put_nowait
+        async def take_and_tell(message: Any) -> None:
+            await take(message)
+            read.set()
 
-        def put_and_tell(prompt: Prompt | None) -> None:
-            put(prompt)
-            if prompt is None:
-                ended.set()
-
-        its.prompts.put_nowait = put_and_tell
-        async with its.open(), asyncio.timeout(HANG_S):
-            draining.set()
+        connection.take = take_and_tell
+        async with asyncio.timeout(HANG_S), connection.open(), asyncio.TaskGroup() as tasks:
+            connection.prompts.put_nowait(None)  # the replica is to end
+            tasks.create_task(Chatbot.func_or_class.receive(None, ws, connection))
             await read.wait()
             if leaves:
                 await asyncio.Event().wait()
-            async for _ in its:
+            async for _ in connection:
                 pass
+        return connection.bot.metrics
 
-    asyncio.run(open_chat())
+    metrics = asyncio.run(open_chat())
     metrics.count.assert_called_once_with("cancelled" if leaves else "refused")
+
+
+FLOODS = {
+    "pings": ({"text": '{"type": "ping"}'}, 201),
+    "stops": ({"text": '{"type": "stop"}'}, 201),
+    "what is no prompt": ({"text": "{}"}, 201),
+    "much text": ({"text": "x" * 2_000_000}, 3),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_client_that_floods_its_connection_is_told_to_try_again_later(chatbot, flood):
+    message, count = FLOODS[flood]
+    with connect(chatbot.ws, subprotocols=["chat.v1"], max_queue=None) as websocket:
+        for _ in range(count):
+            websocket.send(message["text"])
+        with pytest.raises(ConnectionClosedError) as closed:
+            while True:
+                websocket.recv(timeout=HANG_S)
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (
+        1013,
+        "too many messages in a second",
+    )

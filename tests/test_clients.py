@@ -23,10 +23,10 @@ from bot_fixtures import (
     free_port,
     reference,
 )
+from connection import printable, probe
 from load_client import Row, outcome_of
 from load_client import parser as load_client_parser
 from products import cases
-from reaching import printable, probe
 from terminal import HELP
 from terminals import Terminal
 from websockets.http11 import Request, Response
@@ -251,7 +251,7 @@ def test_the_load_client_shows_who_is_replied_to_and_who_waits(bots: Bots, name,
     bot = getattr(bots, name)
     bot.gate.hold_after(0)
     url = bot.ws if name == "chatbot" else bot.http
-    terminal = Terminal(LOAD, "--url", url, "--number", "4", STORY)
+    terminal = Terminal(LOAD, "--url", url, "--num-prompts", "4", STORY)
     bot.gate.wait("submitted", 4)
     bot.gate.release(8)
     for state in set(states):
@@ -265,7 +265,7 @@ def test_the_load_client_shows_who_is_replied_to_and_who_waits(bots: Bots, name,
 def test_the_load_client_prints_how_each_reply_ended(bots: Bots, loaded, name):
     bot = getattr(bots, name)
     url = bot.ws if name == "chatbot" else bot.http
-    ran = run(LOAD, "--url", url, "--number", "3", "Hello!", "Tell me a joke.")
+    ran = run(LOAD, "--url", url, "--num-prompts", "3", "Hello!", "Tell me a joke.")
     lines = [line.split("│") for line in ran.stdout.splitlines() if "│" in line]
     replies = [
         reference(loaded, [prompt], CHAT_MAX_NEW_TOKENS)
@@ -389,7 +389,7 @@ def test_a_key_goes_before_one_that_netrc_has_for_the_host(bots: Bots, tmp_path,
 def test_a_server_without_tls_is_told_as_that(bots: Bots, script, scheme):
     url = f"{scheme}://{bots.textbot.address}"
     ran = run(script, "--url", url, "--wait", "0", stdin="Hello!\n")
-    assert ran.stderr.startswith(f"cannot {'ask' if script == STREAM else 'chat with'} {url}: ")
+    assert ran.stderr.startswith(f"cannot talk to {url}: ")
     assert ("SSL" in ran.stderr, ran.returncode) == (True, 1)
 
 
@@ -446,7 +446,9 @@ def test_the_load_client_knows_a_refusal_by_its_code(code, outcome):
     assert statuses == ["refused", "failed: 500", "refused"]
 
 
-@pytest.mark.parametrize("wrong", [["--number", "0"], ["--apart", "-1"], ["--apart", "nan"]])
+@pytest.mark.parametrize(
+    "wrong", [["--num-prompts", "0"], ["--interval", "-1"], ["--interval", "nan"]]
+)
 def test_the_load_client_says_which_numbers_are_possible(wrong):
     ran = run(LOAD, *wrong)
     assert ran.stderr.startswith(f"{wrong[0]} must be ")
@@ -537,6 +539,7 @@ def test_a_reader_who_has_had_enough_is_no_error(bots: Bots, script):
 
 def test_what_a_model_writes_cannot_command_a_terminal():
     assert printable("\x1b]0;title\x07żółw\n\t🐢\x9b2J") == "]0;titleżółw\n\t🐢2J"
+    assert printable("ab\u202edc\u2069👩‍👧") == "abdc👩‍👧"
 
 
 def test_a_refusal_is_one_line_and_status_1(bots: Bots):

@@ -104,7 +104,7 @@ class Cluster:
         """The replies that a node's replicas are writing in batches, by their own metrics."""
         url = f"http://127.0.0.1:{self.metrics_ports[node]}/metrics"
         page = requests.get(url, timeout=HANG_S).text
-        found = re.findall(r"^ray_bot_batch_rows\{.*\} (\S+)$", page, re.MULTILINE)
+        found = re.findall(r"^ray_bot_requests_running\{.*\} (\S+)$", page, re.MULTILINE)
         return int(sum(map(float, found)))
 
     def kill(self, node: str) -> None:
@@ -124,7 +124,7 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
     add_libraries(folder / "venv")
     python, empty, port = folder / "venv" / "bin" / "python", folder / "empty", free_port()
     empty.mkdir()
-    absent = [python, "-c", "import serving"]
+    absent = [python, "-c", "import streaming_bots"]
     assert subprocess.run(absent, cwd=empty, capture_output=True).returncode == 1
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     with (

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import product
-from unittest.mock import Mock
 
 import pytest
 import requests
@@ -23,6 +22,7 @@ from bot_fixtures import (
     reference,
 )
 from callers import HttpCaller
+from engines import new_batch, new_streamer, reply_options
 from gates import Gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +34,7 @@ from transformers import (
     DiffLlamaConfig,
     DogeConfig,
     FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPTJConfig,
 )
@@ -42,12 +43,12 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from continuousbot import Continuousbot
-from serving import paging
-from serving.continuous import BatchFailed, ContinuousBatch
-from serving.encoding import encode
-from serving.loading import LoadedModel
-from serving.locating import EMBEDDED
-from serving.streaming import ReplyStreamer
+from streaming_bots.errors import TooManyWaiting
+from streaming_bots.generation import kv_cache
+from streaming_bots.generation.continuous_batch import BatchFailed, ContinuousBatch
+from streaming_bots.models.loaded_model import LoadedModel
+from streaming_bots.models.prompt import encode
+from streaming_bots.models.source import BUNDLED
 
 PROMPTS = [
     "Hi",
@@ -126,7 +127,7 @@ def test_unicode_arrives_whole(bots: Bots):
 
 def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_ill(bots: Bots, loaded):
     gate = Gate()
-    bot = bots.run(stepped("continuousbot", gate, {}, model=EMBEDDED), "breaking", gate)
+    bot = bots.run(stepped("continuousbot", gate, {}, model=BUNDLED), "breaking", gate)
     gate.fail_at(4)
     callers = [HttpCaller(bot, LONG), HttpCaller(bot, LONG)]
     assert [caller.outcome() for caller in callers] == ["failed", "failed"]
@@ -138,11 +139,11 @@ def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_ill(bots: Bo
 
 def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
     async def test() -> None:
-        batch = ContinuousBatch(loaded.model, 128, 2, None, HANG_S, Mock())
-        streamer = ReplyStreamer(loaded.tokenizer)
+        batch = new_batch(loaded.model, 128, 2)
+        streamer = new_streamer(loaded.tokenizer)
         batch.manager.stop(hard_stop=True)
         batch.manager.is_running = lambda: True  # for a moment it is, and takes nothing any more
-        batch.add(streamer, [1, 2, 3], 8, None)
+        batch.submit(streamer, [1, 2, 3], reply_options(8))
         with pytest.raises(BatchFailed, match="the model's thread is dead"):
             await asyncio.wait_for(anext(aiter(streamer)), HANG_S)
         with pytest.raises(BatchFailed):
@@ -153,7 +154,7 @@ def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
 
 def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):
     """The manager then takes a reply out of the batch, and computes it again later."""
-    monkeypatch.setattr(paging, "TOKENS_PER_ROW", 32)
+    monkeypatch.setattr(kv_cache, "TOKENS_PER_ROW", 32)
     offload, offloaded = OffloadingManager.offload_requests, []
 
     def count(self: OffloadingManager) -> bool:
@@ -162,8 +163,8 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", count)
     tokens, prompts = 60, PROMPTS * 2
-    manager = paging.start_manager(loaded.model, context=128, rows=4)
-    assert manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE == 128
+    manager = kv_cache.start_manager(loaded.model, context=128, rows=4)
+    assert manager.continuous_batching_config.num_blocks * kv_cache.PAGE_SIZE == 128
     replies = replies_of(manager, loaded, [[prompt] for prompt in prompts], tokens)
     manager.stop(hard_stop=True)
     assert any(offloaded)
@@ -171,7 +172,7 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
 
 
 def test_replies_that_made_room_are_written_though_all_others_have_left(loaded, monkeypatch):
-    monkeypatch.setattr(paging, "TOKENS_PER_ROW", 32)
+    monkeypatch.setattr(kv_cache, "TOKENS_PER_ROW", 32)
     offload, left = OffloadingManager.offload_requests, set()
 
     def offload_and_leave(self: OffloadingManager) -> bool:
@@ -183,7 +184,7 @@ def test_replies_that_made_room_are_written_though_all_others_have_left(loaded, 
         return offloaded
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", offload_and_leave)
-    manager = paging.start_manager(loaded.model, context=128, rows=4)
+    manager = kv_cache.start_manager(loaded.model, context=128, rows=4)
     input_ids = encode([{"role": "user", "content": LONG}], loaded.tokenizer, 400)
     for number in range(6):
         manager.add_request(input_ids, str(number), 60, sampler=None)
@@ -256,11 +257,11 @@ SMALL = {
 def test_a_model_that_cannot_be_batched_so_is_refused_at_the_start(config, problem):
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match=f"cannot batch {config.model_type}.*{problem}"):
-        paging.start_manager(model, context=64, rows=2)
+        kv_cache.start_manager(model, context=64, rows=2)
 
 
 def test_a_prompt_that_the_cache_cannot_hold_is_a_413_that_says_so(run_other):
-    bot = run_other(Continuousbot.bind(EMBEDDED, cache_tokens=64))  # half of it for the reply
+    bot = run_other(Continuousbot.bind(BUNDLED, cache_tokens=64))  # half of it for the reply
     assert HttpCaller(bot, SHORT).outcome() == "finished"
     response = requests.post(bot.http, json={"prompt": "word " * 99})
     assert response.status_code == 413
@@ -280,10 +281,42 @@ GEMMA = Gemma3TextConfig(
 )
 
 
+def test_a_model_without_sdpa_is_tried_out_before_it_computes_in_pages():
+    """Once it does, `generate` alone no longer works, to which the batch is compared."""
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=300,
+    )
+
+    async def start() -> ContinuousBatch:
+        return new_batch(AutoModelForCausalLM.from_config(config).eval(), 128, 2)
+
+    batch = asyncio.run(start())
+    assert batch.manager.is_running()
+    batch.manager.stop(hard_stop=True)
+
+
+def test_what_has_a_place_does_not_wait(loaded):
+    async def test() -> None:
+        batch = new_batch(loaded.model, 128, 4, max_waiting=1)
+        for _ in range(4 + 1):
+            batch.submit(new_streamer(loaded.tokenizer), [1, 2, 3], reply_options(8))
+        with pytest.raises(TooManyWaiting, match="1 prompts already wait"):
+            batch.submit(new_streamer(loaded.tokenizer), [1, 2, 3], reply_options(8))
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
+
+
 def test_what_fits_the_cache_is_known_also_if_layers_share_it_unequally():
     async def start() -> ContinuousBatch:
         model = AutoModelForCausalLM.from_config(GEMMA).eval()
-        return ContinuousBatch(model, 4096, 2, 96, HANG_S, Mock())
+        return new_batch(model, 4096, 2, 96)
 
     batch = asyncio.run(start())
     tokens, manager = batch.context, batch.manager
@@ -309,28 +342,28 @@ def test_what_fits_the_cache_is_known_also_if_layers_share_it_unequally():
 def test_the_cache_has_room_for_the_rows_or_a_long_prompt_in_half_of_the_memory(
     loaded, monkeypatch, context, rows, cache_tokens, free, expected
 ):
-    monkeypatch.setattr(paging, "free_memory", lambda model: free)
-    manager = paging.start_manager(loaded.model, context, rows, cache_tokens)
+    monkeypatch.setattr(kv_cache, "free_memory", lambda model: free)
+    manager = kv_cache.start_manager(loaded.model, context, rows, cache_tokens)
     manager.stop(hard_stop=True)
-    tokens = manager.continuous_batching_config.num_blocks * paging.PAGE_SIZE
-    bound = expected or free // 2 // paging.bytes_per_token(loaded.model)
-    assert bound - paging.PAGE_SIZE < tokens <= bound
+    tokens = manager.continuous_batching_config.num_blocks * kv_cache.PAGE_SIZE
+    bound = expected or free // 2 // kv_cache.bytes_per_token(loaded.model)
+    assert bound - kv_cache.PAGE_SIZE < tokens <= bound
 
 
 def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(
     loaded, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(paging, "CGROUP", tmp_path)
-    everything = paging.free_memory(loaded.model)
+    monkeypatch.setattr(kv_cache, "CGROUP", tmp_path)
+    everything = kv_cache.free_memory(loaded.model)
     for name, content in (
         ("memory.max", "300000\n"),
         ("memory.current", "180000\n"),
         ("memory.stat", "anon 90000\ninactive_file 40000\n"),
     ):
         (tmp_path / name).write_text(content)
-    assert paging.free_memory(loaded.model) == 160_000
+    assert kv_cache.free_memory(loaded.model) == 160_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert paging.free_memory(loaded.model) > everything // 2
+    assert kv_cache.free_memory(loaded.model) > everything // 2
     (tmp_path / "memory").mkdir()
     for name, content in (
         ("memory.limit_in_bytes", "200000\n"),
@@ -338,37 +371,39 @@ def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(
         ("memory.stat", "inactive_file 5000\n"),
     ):
         (tmp_path / "memory" / name).write_text(content)
-    assert paging.free_memory(loaded.model) == 0
+    assert kv_cache.free_memory(loaded.model) == 0
 
 
 def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
     """A reply is over for the batch when the model has written it."""
 
     async def test() -> None:
-        batch = ContinuousBatch(loaded.model, 128, 2, None, 0.5, Mock())
+        batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
         for stop in ([], ["e"]):
-            streamer = ReplyStreamer(loaded.tokenizer, stop)
+            streamer = new_streamer(loaded.tokenizer, stop)
             ids = encode([{"role": "user", "content": LONG}], loaded.tokenizer, 99)
-            batch.add(streamer, ids, max_new_tokens=8, sampler=None)
+            batch.submit(streamer, ids, reply_options(8))
             await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
-            assert not batch.running.members
+            assert not batch.running
             await asyncio.sleep(1)  # time for the watchdog to bark
             batch.check()
-            batch.remove(streamer)
+            batch.cancel(streamer)
         batch.manager.stop(hard_stop=True)
 
     asyncio.run(test())
 
 
 def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, monkeypatch):
-    prepare, rows = paging.SampleRequests.prepare_tensor_args, []
+    prepare, rows = kv_cache.RequestsLogitsProcessor.prepare_tensor_args, []
 
-    def count(self: paging.SampleRequests, going_on: list[FutureRequestState]) -> torch.Tensor:
+    def count(
+        self: kv_cache.RequestsLogitsProcessor, going_on: list[FutureRequestState]
+    ) -> torch.Tensor:
         rows.append(len(going_on))
         return prepare(self, going_on)
 
-    monkeypatch.setattr(paging.SampleRequests, "prepare_tensor_args", count)
-    manager = paging.start_manager(loaded.model, context=128, rows=3)
+    monkeypatch.setattr(kv_cache.RequestsLogitsProcessor, "prepare_tensor_args", count)
+    manager = kv_cache.start_manager(loaded.model, context=128, rows=3)
     replies = replies_of(manager, loaded, [[prompt] for prompt in PROMPTS], 8)
     manager.stop(hard_stop=True)
     assert max(rows) == 3
@@ -383,7 +418,7 @@ def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded)
         lambda model, arguments, options: computed.append(options["input_ids"].numel()),
         with_kwargs=True,
     )
-    manager = paging.start_manager(loaded.model, context=512, rows=32)
+    manager = kv_cache.start_manager(loaded.model, context=512, rows=32)
     replies = replies_of(manager, loaded, conversations[:1], 8)
     first = sum(computed)
     replies += replies_of(manager, loaded, conversations[1:], 8)
@@ -410,7 +445,7 @@ def test_whoever_comes_and_goes_the_others_get_their_replies(loaded, monkeypatch
         offloaded = offload(self)
         leaving[0] -= 1
         if leaving[0] == 0:
-            for streamer, request in list(batch.streamers.items()):
+            for streamer, request in list(batch.requests.items()):
                 if request in self.scheduler.active_requests:
                     streamer.cancel()
         return offloaded
@@ -421,27 +456,27 @@ def test_whoever_comes_and_goes_the_others_get_their_replies(loaded, monkeypatch
         expected[prompt, tokens] = reference(loaded, [prompt], tokens)
 
     async def start() -> ContinuousBatch:
-        return ContinuousBatch(loaded.model, loaded.context, 4, 128, 20, Mock())
+        return new_batch(loaded.model, loaded.context, 4, 128, 20)
 
     async def ask(batch, prompt, tokens, stop, pieces, delay_ms) -> None:
         await asyncio.sleep(delay_ms / 1000)
-        streamer, text = ReplyStreamer(loaded.tokenizer, stop), ""
+        streamer, text = new_streamer(loaded.tokenizer, stop), ""
         conversation = [{"role": "user", "content": prompt}]
-        batch.add(streamer, encode(conversation, loaded.tokenizer, 400), tokens, None)
+        batch.submit(streamer, encode(conversation, loaded.tokenizer, 400), reply_options(tokens))
         try:
             async with aclosing(aiter(streamer)) as chunks:
                 while pieces is None or pieces > 0:
                     text += await anext(chunks, "")
                     if streamer.cancelled:
                         return
-                    if streamer.finished:
+                    if streamer.read_to_end:
                         whole = expected[prompt, tokens]
                         assert text == (whole.split(stop[0])[0] if stop else whole)
                         return
                     pieces = pieces and pieces - 1
         finally:
             streamer.cancel()
-            batch.remove(streamer)
+            batch.cancel(streamer)
 
     async def ask_all(batch, requests) -> None:
         async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:

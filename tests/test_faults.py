@@ -40,8 +40,6 @@ from test_requests import ACCESS
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from serving.arguments import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S
-
 if INGRESS == "haproxy":
     pytestmark = pytest.mark.haproxy
 
@@ -49,8 +47,8 @@ LONG = "Tell me a story about dogs."
 SHORT = "Thank you, good night!"
 OUTCOMES = ("finished", "failed", "cancelled", "refused")
 
-BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
-# A Continuousbot has no queue before its places are taken, and a failure of the model ends it.
+BOTS = ("textbot", "chatbot", "batchbot", "continuousbot", "batched_chatbot")
+# A continuous batch has no queue before its places are taken, and a failure of the model ends it.
 ONE_AT_A_TIME = ("textbot", "chatbot", "batchbot")
 REFUSED_WITHIN_S = 1  # if it takes longer, more requests are sent
 HTTP_BOTS = ("textbot", "batchbot", "continuousbot")
@@ -67,10 +65,11 @@ class Subject:
 
     def __init__(self, name: str, bot: Bot) -> None:
         self.name, self.bot, self.gate = name, bot, bot.gate
-        self.limit = CHAT_MAX_NEW_TOKENS if name == "chatbot" else MAX_NEW_TOKENS
+        self.is_chat = name.endswith("chatbot")
+        self.limit = CHAT_MAX_NEW_TOKENS if self.is_chat else MAX_NEW_TOKENS
 
     def call(self, prompt: str, limit: int | None = None, **options: dict[str, str]):
-        caller = ChatCaller if self.name == "chatbot" else HttpCaller
+        caller = ChatCaller if self.is_chat else HttpCaller
         return caller(self.bot, prompt, limit, **options)
 
     def wait_for(self, **expected: int) -> None:
@@ -96,7 +95,7 @@ def triple(subject: Subject) -> Iterator[Subject]:
     """A Batchbot whose batches start as soon as, and not before, three requests are there."""
     batches_of(subject.bot, 3, wait_s=HANG_S)
     yield subject
-    batches_of(subject.bot, DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+    batches_of(subject.bot)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +152,8 @@ def differs_in_code(bot: str, moment: str, way: str) -> bool:
     """Moments: how a response begins and ends. Ways: what a WebSocket makes of them."""
     if bot == "chatbot" and moment == "in mid-reply":
         return True
+    if bot == "batched_chatbot":
+        return way == "close" and moment != "at the last token"
     begins = bot == "continuousbot" and moment == "before the first token"
     return way == "close" and (bot == "textbot" or moment == "in mid-reply" or begins)
 
@@ -188,7 +189,7 @@ def overlooked(subject: Subject, requests: int, leaving: int = 1) -> bool:
     when it has text to pass on. The reply must end then, at the latest by itself: a client that
     has only closed its own half may still read it.
     """
-    if INGRESS != "haproxy" or subject.name == "chatbot":
+    if INGRESS != "haproxy" or subject.is_chat:
         return False
     if subject.gate.happens("cancelled", leaving, 3):
         return False
@@ -221,7 +222,12 @@ def test_an_exception_of_the_model_fails_its_request_alone(subject, loaded, step
         BOTS,
         (ENCODE_ERROR, DECODE_ERROR),
         chosen=lambda bot, prompt: (
-            (bot, prompt) in (("textbot", ENCODE_ERROR), ("continuousbot", DECODE_ERROR))
+            (bot, prompt)
+            in (
+                ("textbot", ENCODE_ERROR),
+                ("continuousbot", DECODE_ERROR),
+                ("batched_chatbot", DECODE_ERROR),
+            )
         ),
     ),
     indirect=["served"],
@@ -359,7 +365,7 @@ def test_a_replica_whose_model_hangs_or_dies_fails_its_requests_and_is_replaced(
 
 
 @pytest.mark.parametrize(
-    "name", cases(("textbot", "chatbot"), chosen=lambda name: name == "textbot")
+    "name", cases(("textbot", "chatbot", "batched_chatbot"), chosen=lambda name: name == "textbot")
 )
 def test_a_redeploy_lets_running_streams_finish_and_what_outlasts_the_shutdown_is_cut(
     port, new_gate, loaded, name
@@ -368,7 +374,7 @@ def test_a_redeploy_lets_running_streams_finish_and_what_outlasts_the_shutdown_i
     options = {"graceful_shutdown_timeout_s": HANG_S}
     # Behind HAProxy, Serve closes the sockets of a replica that ends after this period.
     period = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(HANG_S)}
-    if (INGRESS, name) == ("haproxy", "chatbot"):
+    if INGRESS == "haproxy" and name.endswith("chatbot"):
         options |= {"ray_actor_options": {"runtime_env": {"env_vars": period}}}
     with deployed(name, port, new_gate(), **options) as own, ThreadPoolExecutor(1) as thread:
         subject = Subject(name, own.bot)
@@ -424,7 +430,7 @@ def test_an_exception_is_logged_once_and_no_prompt_or_reply_is(subject, loaded, 
     assert {caller.outcome() for caller in callers} == {"failed"}
     subject.wait_for(failed=len(callers))
     if subject.name == "batchbot":
-        batches_of(subject.bot, DEFAULT_BATCH_SIZE, DEFAULT_BATCH_WAIT_S)
+        batches_of(subject.bot)
     subject.gate.open()
     assert subject.call(SECRET).outcome() == "finished"
     subject.wait_for(finished=1)

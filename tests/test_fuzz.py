@@ -7,6 +7,7 @@ import pytest
 import requests
 import schemathesis
 from bot_fixtures import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, http_reply, reference
+from engines import limits_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
@@ -17,16 +18,17 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from scripted_model import save_random_model
-from test_encoding import assistant, user
+from test_prompt import assistant, user
 from test_properties import json_texts, texts
 from transformers import BloomConfig
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from serving.encoding import MAX_BYTES, PromptTooLong, encode
-from serving.loading import LoadedModel
-from serving.prompts import MAX_BYTES_OUTSIDE_STRINGS, ReplyOptions
-from serving.wire import CHAT_V1, REFUSALS, JsonWire, Limits
+from streaming_bots.chat.protocol import CHAT_V1, JsonProtocol
+from streaming_bots.errors import PromptTooLong, Refusal
+from streaming_bots.http.request import MAX_BYTES_OUTSIDE_STRINGS, ReplyOptions
+from streaming_bots.models.loaded_model import LoadedModel
+from streaming_bots.models.prompt import MAX_BYTES, encode
 from textbot import Textbot
 
 CHECKS = [
@@ -64,7 +66,9 @@ def roomy(bots: Bots, tmp_path_factory: pytest.TempPathFactory) -> Bot:
     folder = tmp_path_factory.mktemp("roomy")
     config = BloomConfig(hidden_size=8, n_layer=1, n_head=1)
     save_random_model(config, folder, context=20_000)
-    return bots.run(Textbot.bind(str(folder), max_new_tokens=5), "roomy", None)
+    return bots.run(
+        Textbot.bind(str(folder), max_new_tokens=5, max_prompt_tokens=19_000), "roomy", None
+    )
 
 
 MOST = 3 * MAX_BYTES + MAX_BYTES_OUTSIDE_STRINGS
@@ -157,8 +161,8 @@ def chatbot(bots: Bots) -> Bot:
     return bots.chatbot
 
 
-def limits(loaded: LoadedModel) -> Limits:
-    return Limits(loaded.context - CHAT_MAX_NEW_TOKENS, CHAT_MAX_NEW_TOKENS)
+def budget(loaded: LoadedModel) -> int:
+    return loaded.context - CHAT_MAX_NEW_TOKENS
 
 
 def send(websocket: ClientConnection, frames: list[Frame]) -> None:
@@ -170,7 +174,7 @@ def expected(loaded: LoadedModel, exchanges: list[tuple[str, str]], max_new_toke
     """What is replied to "Hello!" after these exchanges."""
     turns = [turn for said, reply in exchanges for turn in (user(said), assistant(reply))]
     turns.append(user("Hello!"))
-    encode(turns, loaded.tokenizer, limits(loaded).room)
+    encode(turns, loaded.tokenizer, budget(loaded))
     return reference(loaded, [turn["content"] for turn in turns], max_new_tokens)
 
 
@@ -188,7 +192,7 @@ def plain_code(loaded: LoadedModel, frame: Frame) -> int | None:
     if not frame.is_text:
         return 1003
     try:
-        encode([user(frame.text())], loaded.tokenizer, limits(loaded).room)
+        encode([user(frame.text())], loaded.tokenizer, budget(loaded))
     except UnicodeDecodeError:
         return 1007
     except PromptTooLong:
@@ -237,14 +241,14 @@ def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
     try:
         message = {"text": frame.text()} if frame.is_text else {"bytes": b""}
         options = ReplyOptions.model_construct(max_new_tokens=CHAT_MAX_NEW_TOKENS)
-        prompt = JsonWire(None, limits(loaded), options, []).read(message)
+        prompt = JsonProtocol(limits_of(budget(loaded), CHAT_MAX_NEW_TOKENS), options).read(message)
         if isinstance(prompt, str):  # stop, or ping
             return set()
-        encode([user(prompt.prompt)], loaded.tokenizer, limits(loaded).room)
+        encode([user(prompt.prompt)], loaded.tokenizer, budget(loaded))
         return {"done"}
     except PromptTooLong:
         return {"done", "error"}  # the former if it is stopped before it is tokenized
-    except (*REFUSALS, UnicodeDecodeError):
+    except (Refusal, UnicodeDecodeError):
         return {"error"}  # or the socket closes
 
 

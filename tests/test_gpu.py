@@ -9,9 +9,9 @@ from ray import serve
 from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
-from serving.arguments import BotArguments
-from serving.loading import load_model
-from serving.locating import EMBEDDED, ModelError
+from streaming_bots.models.loaded_model import load_model
+from streaming_bots.models.source import BUNDLED, ModelError
+from streaming_bots.settings import BotSettings
 from textbot import Textbot
 
 has_gpu = torch.cuda.is_available()
@@ -53,7 +53,7 @@ BOTS = {
 @pytest.mark.parametrize("name", BOTS)
 def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, dtype):
     placed, original = BOTS[name]
-    arguments = BotArguments(model=EMBEDDED, num_gpus=0.5, dtype=dtype)
+    arguments = BotSettings(model=BUNDLED, num_gpus=0.5, dtype=dtype)
     options = {"func_or_class": placed, **arguments.deployment_options()}
     app = original.options(**options).bind(**arguments.constructor_arguments())
     handle = serve.run(app, name="gpu", route_prefix="/gpu")
@@ -70,13 +70,12 @@ def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, 
         serve.delete("gpu")
 
 
-def test_the_model_is_on_a_gpu_only_if_one_is_reserved():
-    assert BotArguments(model=EMBEDDED).constructor_arguments()["device"] == "cpu"
-    assert BotArguments(model=EMBEDDED, num_gpus=0.5).constructor_arguments()["device"] == "cuda"
-    assert load_model(EMBEDDED).model.device.type == "cpu"
+def test_a_model_is_on_the_cpu_unless_a_gpu_is_reserved():
+    assert load_model(BUNDLED).model.device.type == "cpu"
 
 
 @pytest.mark.skipif(has_gpu, reason="torch sees a GPU on this machine")
-def test_a_gpu_that_torch_does_not_see_is_an_error_that_says_so():
+def test_a_reserved_gpu_that_torch_does_not_see_is_an_error_that_says_so(run_other):
+    settings = BotSettings(model=BUNDLED, num_gpus=0.5)
     with pytest.raises(ModelError, match=r"sees none.*num_gpus=0"):
-        load_model(EMBEDDED, device="cuda")
+        run_other(Textbot.bind(**settings.constructor_arguments()))

@@ -12,10 +12,10 @@ from stepped_bots import stepped
 from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
-from serving import scaling
-from serving.continuous import BatchFailed
-from serving.locating import EMBEDDED
-from serving.watchdog import ModelStalled
+from streaming_bots.errors import ModelStalled
+from streaming_bots.generation.continuous_batch import BatchFailed
+from streaming_bots.models.source import BUNDLED
+from streaming_bots.operations import drain as drain_module
 from textbot import Textbot
 
 LONG = "Tell me a story about dogs."
@@ -24,7 +24,7 @@ LONG = "Tell me a story about dogs."
 @pytest.fixture(params=["textbot", "chatbot", "batchbot", "continuousbot"])
 def breaking(request: pytest.FixtureRequest, bots: Bots) -> Bot:
     gate = Gate()
-    app = stepped(request.param, gate, {}, model=EMBEDDED)
+    app = stepped(request.param, gate, {}, model=BUNDLED)
     return bots.run(app, f"breaking-{request.param}", gate)
 
 
@@ -56,7 +56,7 @@ def test_a_model_that_hangs_or_dies_fails_its_replies_and_the_replica_is_ill(bre
 @pytest.mark.parametrize("name", ["textbot", "chatbot", "batchbot", "continuousbot"])
 def test_a_prompt_that_takes_long_to_read_is_no_stall(bots: Bots, name):
     gate = Gate()
-    bot = bots.run(stepped(name, gate, {}, model=EMBEDDED, stall_timeout_s=2), "slow", gate)
+    bot = bots.run(stepped(name, gate, {}, model=BUNDLED, stall_timeout_s=2), "slow", gate)
     bot.call("slow_down", 0.6)  # 2.4 s for its four layers
     caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, LONG, 1)
     assert caller.outcome() == "finished"
@@ -64,12 +64,12 @@ def test_a_prompt_that_takes_long_to_read_is_no_stall(bots: Bots, name):
 
 
 def test_a_replica_that_is_asked_for_its_health_again_drains_no_longer(monkeypatch):
-    monkeypatch.setattr(scaling, "is_stopping", lambda: True)
-    monkeypatch.setattr(scaling, "SILENCE_S", 0.1)
-    monkeypatch.setattr(scaling, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(drain_module, "is_stopping", lambda: True)
+    monkeypatch.setattr(drain_module, "SILENCE_S", 0.1)
+    monkeypatch.setattr(drain_module, "LOOK_EVERY_S", 0.01)
 
     async def drain_and_stay() -> None:
-        drain = scaling.Drain()
+        drain = drain_module.Drain()
         await asyncio.wait_for(drain.begun.wait(), HANG_S)
         drain.health_was_asked()
         assert not drain.begun.is_set()

@@ -1,4 +1,4 @@
-"""serving/loading.py and locating.py: what a name loads, how fast, and what errors say."""
+"""loading.py and locating.py: what a name loads, how fast, and what errors say."""
 
 import json
 import logging
@@ -20,10 +20,10 @@ from huggingface_hub import constants
 from scripted_model import byte_tokenizer
 from transformers import AutoTokenizer, BertConfig, T5Config
 
-from serving import progress
-from serving.encoding import UnknownToken, encode
-from serving.loading import check_model, load_model
-from serving.locating import EMBEDDED, ModelError, Source, locate
+from streaming_bots.models import loading_progress
+from streaming_bots.models.loaded_model import check_model, load_model
+from streaming_bots.models.prompt import UnknownToken, encode
+from streaming_bots.models.source import BUNDLED, ModelError, Source, resolve
 
 NAME = "somebody/some-model"
 
@@ -63,8 +63,8 @@ def test_a_token_that_only_the_tokenizer_knows_is_refused(copy_of_model):
             encode([{"role": "user", "content": "[PAD]"}], tokenizer, 64)
 
 
-def test_the_embedded_model_is_loaded_in_full_precision():
-    loaded = load_model(EMBEDDED)
+def test_the_bundled_model_is_loaded_in_full_precision():
+    loaded = load_model(BUNDLED)
     assert loaded.model.dtype == torch.float32
     assert loaded.name == "tiny-dialog"
 
@@ -129,9 +129,9 @@ def test_an_index_without_its_shards_is_not_taken_for_a_cached_model(tmp_path, m
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     (snapshot / "model-1.safetensors").touch()
     with pytest.raises(ModelError, match="connect to the hub"):
-        locate(NAME)
+        resolve(NAME)
     (snapshot / "model-2.safetensors").touch()
-    assert locate(NAME).options == {"local_files_only": True}
+    assert resolve(NAME).options == {"local_files_only": True}
 
 
 def test_a_hub_id_in_the_cache_needs_no_hub(emoji_model, tmp_path):
@@ -142,7 +142,8 @@ def test_a_hub_id_in_the_cache_needs_no_hub(emoji_model, tmp_path):
     (repository / "refs" / "main").write_text("abc123")
     shutil.copytree(emoji_model, repository / "snapshots" / "abc123")
     code = (
-        "import time; from serving.loading import load_model; t = time.monotonic();"
+        "import time; from streaming_bots.models.loaded_model import load_model;"
+        " t = time.monotonic();"
         f"loaded = load_model({NAME!r}); print(loaded.name, time.monotonic() - t < 5)"
     )
     environment = {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -158,11 +159,11 @@ def test_a_hub_id_in_the_cache_needs_no_hub(emoji_model, tmp_path):
 
 def test_without_a_hub_the_fallback_answers_and_one_warning_says_so(no_hub, caplog):
     caplog.set_level(logging.WARNING)
-    loaded = load_model(NAME, fallback=EMBEDDED)
-    assert loaded.name == EMBEDDED
+    loaded = load_model(NAME, fallback=BUNDLED)
+    assert loaded.name == BUNDLED
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    for part in (NAME, "ConnectError", "connect to the hub", EMBEDDED):
+    for part in (NAME, "ConnectError", "connect to the hub", BUNDLED):
         assert part in record.message
     assert "\n" not in record.message
 
@@ -278,8 +279,8 @@ def test_a_long_load_reports_what_has_come_and_how_long_it_takes(
     blobs = tmp_path / "models--someone--model" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "0123.incomplete").write_bytes(bytes(3_000_000))
-    monkeypatch.setattr(progress, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    monkeypatch.setattr(loading_progress, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading_progress, "EVERY_S", 0.01)
     caplog.set_level("INFO", "ray.serve")
     reported = threading.Event()
 
@@ -291,7 +292,7 @@ def test_a_long_load_reports_what_has_come_and_how_long_it_takes(
     listener = Listener()
     logging.getLogger("ray.serve").addHandler(listener)
     options = {"local_files_only": True} if where == "cache" else {}
-    with progress.report_progress(Source("someone/model", "someone/model", options)):
+    with loading_progress.report_progress(Source("someone/model", "someone/model", options)):
         assert reported.wait(60)
     logging.getLogger("ray.serve").removeHandler(listener)
     assert caplog.messages[0] == "loading someone/model"

@@ -1,4 +1,4 @@
-"""serving/metrics.py on Ray's Prometheus endpoint: what is counted is what was done."""
+"""metrics.py on Ray's Prometheus endpoint: what is counted is what was done."""
 
 import asyncio
 import re
@@ -12,18 +12,20 @@ import ray
 import requests
 from bot_fixtures import HANG_S, Bot
 from callers import ChatCaller, HttpCaller
-from ray import serve
 from ray.exceptions import TaskCancelledError
 from starlette.requests import ClientDisconnect
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
-from serving.metrics import CountOutcomes, Population
+from streaming_bots.http import middleware
+from streaming_bots.http.middleware import OutcomeMiddleware
+from streaming_bots.operations.metrics import SetGauge
 
 REPORTED_S = 60  # Ray reports counters every few seconds
 CALLERS = {
     "textbot": HttpCaller,
     "chatbot": ChatCaller,
+    "batched_chatbot": ChatCaller,
     "batchbot": HttpCaller,
     "continuousbot": HttpCaller,
 }
@@ -82,8 +84,8 @@ def test_what_is_counted_is_what_was_done(served_bots):
         "cancelled": 1,
         "refused": 1,
         "bot_generated_tokens_total": 5 + 5 + 3 + 2,
-        "bot_time_to_first_token_s_count": 4,
-        "bot_inter_token_latency_s_count": 4 + 4 + 2 + 1,
+        "bot_time_to_first_token_seconds_count": 4,
+        "bot_inter_token_latency_seconds_count": 4 + 4 + 2 + 1,
     }
     assert increases(before, {name: expected for name in bots}) == {name: expected for name in bots}
 
@@ -97,12 +99,7 @@ def refuse(bot: Bot, name: str) -> None:
         assert requests.post(bot.http, params={"prompt": ""}).status_code == 422
 
 
-GAUGES = {
-    "textbot": {"bot_prompts_waiting": 2},
-    "chatbot": {"bot_prompts_waiting": 2},
-    "batchbot": {"bot_prompts_waiting": 2, "bot_batch_rows": 1},
-    "continuousbot": {"bot_prompts_waiting": 2, "bot_batch_rows": 1},
-}
+GAUGES = {name: {"bot_requests_waiting": 2, "bot_requests_running": 1} for name in CALLERS}
 
 
 @pytest.mark.serves(*GAUGES)
@@ -125,26 +122,25 @@ def test_who_waits_and_who_is_in_the_batch_is_shown(served_bots):
     assert increases(none_before, nothing) == nothing
 
 
-def test_a_gauge_goes_up_and_down_with_those_who_are_there():
-    gauge = Mock()
-    population = Population(gauge)
-    population.add("one", "two")
-    population.add("two")
-    population.discard("one", "three")
-    population.discard("two")
-    assert gauge.set.call_args_list == [call(2), call(2), call(1), call(0)]
+def test_a_gauge_goes_up_and_down_with_its_members(monkeypatch):
+    gauge = SetGauge("members", "How many there are.")
+    monkeypatch.setattr(gauge, "set", told := Mock())
+    gauge.add("one", "two")
+    gauge.add("two")
+    gauge.discard("one", "three")
+    gauge.discard("two")
+    assert told.call_args_list == [call(2), call(2), call(1), call(0)]
 
 
 @pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError])
 def test_a_client_that_leaves_while_its_request_is_read_has_cancelled_it(left, monkeypatch):
     outcomes: list[str] = []
     bot = SimpleNamespace(metrics=SimpleNamespace(count=outcomes.append))
-    replica = SimpleNamespace(servable_object=bot)
-    monkeypatch.setattr(serve, "get_replica_context", lambda: replica)
+    monkeypatch.setattr(middleware, "current_bot", lambda: bot)
 
     async def leave(*_: object) -> None:
         raise left
 
     with pytest.raises(left):
-        asyncio.run(CountOutcomes(leave)({"type": "http", "method": "POST"}, leave, leave))
+        asyncio.run(OutcomeMiddleware(leave)({"type": "http", "method": "POST"}, leave, leave))
     assert outcomes == ["cancelled"]

@@ -1,4 +1,4 @@
-"""models/: the embedded model says what its card says, and the script that made it runs."""
+"""training/: the bundled model says what its card says, and the script that made it runs."""
 
 import re
 import shutil
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from bot_fixtures import REPOSITORY, reference
 
-from serving.loading import load_model
+from streaming_bots.models.loaded_model import load_model
+from streaming_bots.models.source import BUNDLED_FOLDER
 
-CARD = (REPOSITORY / "models" / "tiny-dialog" / "README.md").read_text()
+CARD = (BUNDLED_FOLDER / "README.md").read_text()
 MAX_NEW_TOKENS = 256
 
 
@@ -37,7 +38,7 @@ def test_the_held_out_prompts_were_not_shown_word_for_word():
     def bare(text: str) -> str:
         return re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
 
-    folder = REPOSITORY / "models" / "dialogues"
+    folder = REPOSITORY / "training" / "dialogues"
     lines = [line for path in folder.glob("*.txt") for line in path.read_text().splitlines()]
     shown = {bare(text) for line in lines for text in line[2:].split(" | ")}
     for turns in dialogues("Held-out prompts"):
@@ -46,13 +47,13 @@ def test_the_held_out_prompts_were_not_shown_word_for_word():
 
 
 def test_the_model_is_small_enough_to_live_in_the_repository():
-    files = (REPOSITORY / "models" / "tiny-dialog").iterdir()
+    files = BUNDLED_FOLDER.iterdir()
     assert sum(file.stat().st_size for file in files) <= 8_000_000
 
 
 def train(*arguments: str | Path) -> str:
     """What the training script prints in two steps."""
-    command = [sys.executable, REPOSITORY / "models" / "train_tiny_dialog.py", "--max-steps", "2"]
+    command = [sys.executable, REPOSITORY / "training" / "train_tiny_dialog.py", "--max-steps", "2"]
     ran = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "step 2: reply loss on held-out prompts" in ran.stdout
@@ -62,7 +63,7 @@ def train(*arguments: str | Path) -> str:
 def test_the_training_script_trains_and_saves_a_model(tmp_path):
     few = tmp_path / "dialogues"
     few.mkdir()
-    shutil.copy(REPOSITORY / "models" / "dialogues" / "slots.txt", few)
+    shutil.copy(REPOSITORY / "training" / "dialogues" / "slots.txt", few)
     prompts = " | ".join(f"Hello number {number}" for number in range(8))
     (few / "few.txt").write_text(f"U: {prompts}\nB: Hi!\n\nU: I am {{name}}.\nB: Hi, {{name}}!\n")
     train("--dialogues", few, "--output", tmp_path / "model")
@@ -72,7 +73,7 @@ def test_the_training_script_trains_and_saves_a_model(tmp_path):
 @pytest.mark.exhaustive
 def test_the_training_script_takes_all_dialogues(tmp_path):
     printed = train("--output", tmp_path)
-    folder = REPOSITORY / "models" / "dialogues"
+    folder = REPOSITORY / "training" / "dialogues"
     texts = [path.read_text() for path in folder.glob("*.txt")]
     number = sum("U:" in block for text in texts for block in text.split("\n\n"))
     assert printed.startswith(f"{number} dialogues, ")

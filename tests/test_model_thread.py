@@ -1,20 +1,22 @@
-"""serving/model_thread.py: one run after the other, and every streamer ends."""
+"""model_thread.py: one run after the other, and every streamer ends."""
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from bot_fixtures import HANG_S
+from engines import new_streamer, new_thread
 from scripted_model import byte_tokenizer
 
-from serving import model_thread
-from serving.model_thread import ModelThread, TooManyWaiting
-from serving.streaming import ReplyStreamer
-from serving.watchdog import ModelStalled
+from streaming_bots.errors import ModelStalled, TooManyWaiting
+from streaming_bots.generation import model_thread
+from streaming_bots.generation.model_thread import ModelThread
+from streaming_bots.generation.streamer import ReplyStreamer
 
 TOKENIZER = byte_tokenizer(512)
 
@@ -36,9 +38,9 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), HANG_S))
 
 
-def block_until_free(thread: ModelThread) -> None:
-    while thread.running is not None:
-        time.sleep(0.001)
+async def until_free(thread: ModelThread) -> None:
+    while thread.running:
+        await thread.moved.wait()
 
 
 class Held:
@@ -53,7 +55,7 @@ class Held:
         streamer.end()
 
     async def submit_to(self, thread: ModelThread) -> ReplyStreamer:
-        streamer = ReplyStreamer(TOKENIZER)
+        streamer = new_streamer(TOKENIZER)
         thread.submit(streamer, self)
         await asyncio.to_thread(self.begun.wait, HANG_S)
         return streamer
@@ -61,11 +63,11 @@ class Held:
 
 def test_one_runs_after_the_other_and_each_knows_how_many_are_ahead():
     async def test() -> None:
-        thread, held, last = ModelThread(), Held(), Held()
+        thread, held, last = new_thread(), Held(), Held()
         streamers = [await held.submit_to(thread)]
         assert [ahead async for ahead in thread.line(streamers[0])] == []  # it is its turn
         for job in ((say, "1"), (say, "2"), (last,)):
-            streamers.append(ReplyStreamer(TOKENIZER))
+            streamers.append(new_streamer(TOKENIZER))
             thread.submit(streamers[-1], *job)
         line = thread.line(streamers[3])
         assert await anext(line) == 3
@@ -82,9 +84,9 @@ def test_one_runs_after_the_other_and_each_knows_how_many_are_ahead():
 
 def test_who_is_cancelled_in_the_line_does_not_stay_in_it():
     async def test() -> None:
-        thread, held = ModelThread(), Held()
+        thread, held = new_thread(), Held()
         await held.submit_to(thread)
-        leaving = ReplyStreamer(TOKENIZER)
+        leaving = new_streamer(TOKENIZER)
         thread.submit(leaving, say, "never")
         line = thread.line(leaving)
         assert await anext(line) == 1
@@ -97,10 +99,10 @@ def test_who_is_cancelled_in_the_line_does_not_stay_in_it():
 
 def test_what_is_cancelled_while_it_waits_never_begins_and_leaves_its_place():
     async def test() -> None:
-        counts: list[int] = []
-        thread, held = ModelThread(max_waiting=1, report_waiting=counts.append), Held()
+        metrics = Mock()
+        thread, held = new_thread(max_waiting=1, metrics=metrics), Held()
         await held.submit_to(thread)
-        leaving, staying = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        leaving, staying = new_streamer(TOKENIZER), new_streamer(TOKENIZER)
         thread.submit(leaving, die, SystemExit())
         with pytest.raises(TooManyWaiting, match="1 prompts already wait"):
             thread.submit(staying, say, "hello")
@@ -111,6 +113,7 @@ def test_what_is_cancelled_while_it_waits_never_begins_and_leaves_its_place():
         held.go.set()
         assert await read(staying) == "hello"
         thread.check()
+        counts = [told.args[0] for told in metrics.waiting.set.call_args_list]
         assert (max(counts), counts[-1]) == (1, 0)
 
     run(test)
@@ -118,7 +121,7 @@ def test_what_is_cancelled_while_it_waits_never_begins_and_leaves_its_place():
 
 def test_an_exception_concerns_its_own_streamer_alone():
     async def test() -> None:
-        thread, streamers = ModelThread(), [ReplyStreamer(TOKENIZER) for _ in range(2)]
+        thread, streamers = new_thread(), [new_streamer(TOKENIZER) for _ in range(2)]
         thread.submit(streamers[0], die, MemoryError("too much"))
         thread.submit(streamers[1], say, "hello")
         with pytest.raises(MemoryError, match="too much"):
@@ -131,9 +134,9 @@ def test_an_exception_concerns_its_own_streamer_alone():
 
 def test_when_the_thread_dies_everybody_is_told_and_the_replica_is_ill():
     async def test() -> None:
-        thread, held = ModelThread(), Held()
+        thread, held = new_thread(), Held()
         await held.submit_to(thread)
-        dying, waiting = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        dying, waiting = new_streamer(TOKENIZER), new_streamer(TOKENIZER)
         thread.submit(dying, die, SystemExit(3))
         thread.submit(waiting, say, "never")
         held.go.set()
@@ -141,7 +144,7 @@ def test_when_the_thread_dies_everybody_is_told_and_the_replica_is_ill():
             with pytest.raises(ModelStalled, match="thread died of SystemExit"):
                 await read(streamer)
         thread.thread.join(HANG_S)
-        for call in (thread.check, lambda: thread.submit(ReplyStreamer(TOKENIZER), say, "hello")):
+        for call in (thread.check, lambda: thread.submit(new_streamer(TOKENIZER), say, "hello")):
             with pytest.raises(ModelStalled):
                 call()
 
@@ -150,9 +153,9 @@ def test_when_the_thread_dies_everybody_is_told_and_the_replica_is_ill():
 
 def test_no_progress_fails_all_streams_and_a_model_that_was_only_slow_recovers():
     async def test() -> None:
-        thread, held = ModelThread(stall_timeout_s=0.2), Held()
+        thread, held = new_thread(stall_timeout_s=0.2), Held()
         hanging = await held.submit_to(thread)
-        waiting, following = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        waiting, following = new_streamer(TOKENIZER), new_streamer(TOKENIZER)
         thread.submit(waiting, say, "never")
         for streamer in (hanging, waiting):
             with pytest.raises(ModelStalled, match=r"no progress for 0.2 s"):
@@ -160,7 +163,7 @@ def test_no_progress_fails_all_streams_and_a_model_that_was_only_slow_recovers()
         with pytest.raises(ModelStalled):
             thread.check()
         held.go.set()
-        await asyncio.to_thread(block_until_free, thread)
+        await until_free(thread)
         thread.submit(following, say, "hello")
         assert await read(following) == "hello"
 
@@ -169,13 +172,14 @@ def test_no_progress_fails_all_streams_and_a_model_that_was_only_slow_recovers()
 
 def test_a_run_that_ends_when_it_is_given_up_leaves_no_healthy_replica_ill():
     async def test() -> None:
-        thread, held = ModelThread(), Held()
-        running, following = await held.submit_to(thread), ReplyStreamer(TOKENIZER)
+        thread, held = new_thread(), Held()
+        running, following = await held.submit_to(thread), new_streamer(TOKENIZER)
         held.go.set()
-        block_until_free(thread)  # so that the loop hears nothing of it
-        thread._give_up(ModelStalled("no progress"))
+        while not running.complete:  # so that the loop hears nothing of it
+            time.sleep(0.001)  # noqa: ASYNC251
+        thread.give_up(ModelStalled("no progress"))
         assert await read(running) == ""
-        await asyncio.sleep(0)  # now it hears of the end
+        await until_free(thread)  # now it hears of the end
         thread.submit(following, say, "hello")
         assert await read(following) == "hello"
 
@@ -184,7 +188,7 @@ def test_a_run_that_ends_when_it_is_given_up_leaves_no_healthy_replica_ill():
 
 def test_a_process_that_was_suspended_is_no_stall():
     async def test() -> None:
-        thread, held = ModelThread(stall_timeout_s=0.5), Held()
+        thread, held = new_thread(stall_timeout_s=0.5), Held()
         streamer = await held.submit_to(thread)
         time.sleep(0.6)  # noqa: ASYNC251 - nothing moves, neither the model nor the loop
         await asyncio.sleep(0.001)  # the loop wakes first
@@ -198,7 +202,7 @@ def test_a_process_that_was_suspended_is_no_stall():
 
 def test_a_long_reply_with_progress_is_no_stall():
     async def test() -> None:
-        thread, streamer = ModelThread(stall_timeout_s=0.3), ReplyStreamer(TOKENIZER)
+        thread, streamer = new_thread(stall_timeout_s=0.3), new_streamer(TOKENIZER)
         stop = threading.Event()
 
         def slowly(streamer: ReplyStreamer) -> None:
@@ -216,9 +220,9 @@ def test_a_long_reply_with_progress_is_no_stall():
 
 def test_a_stall_is_noticed_also_when_its_own_reader_has_left():
     async def test() -> None:
-        thread, held = ModelThread(stall_timeout_s=0.1), Held()
+        thread, held = new_thread(stall_timeout_s=0.1), Held()
         (await held.submit_to(thread)).cancel()
-        waiting = ReplyStreamer(TOKENIZER)
+        waiting = new_streamer(TOKENIZER)
         thread.submit(waiting, say, "never")
         with pytest.raises(ModelStalled):
             await read(waiting)
@@ -229,14 +233,14 @@ def test_a_stall_is_noticed_also_when_its_own_reader_has_left():
 
 def test_what_is_stopped_again_and_again_leaves_nothing_in_the_line():
     async def test() -> None:
-        thread, held = ModelThread(max_waiting=1), Held()
+        thread, held = new_thread(max_waiting=1), Held()
         await held.submit_to(thread)
         for _ in range(100):
-            leaving = ReplyStreamer(TOKENIZER)
+            leaving = new_streamer(TOKENIZER)
             thread.submit(leaving, say, "never")
             thread.cancel(leaving)
-        assert not thread.jobs
-        following = ReplyStreamer(TOKENIZER)
+        assert not thread.queue
+        following = new_streamer(TOKENIZER)
         thread.submit(following, say, "hello")
         held.go.set()
         assert await read(following) == "hello"
@@ -246,13 +250,13 @@ def test_what_is_stopped_again_and_again_leaves_nothing_in_the_line():
 
 def test_a_failure_that_nobody_reads_is_logged(monkeypatch):
     async def test() -> None:
-        thread, following = ModelThread(), ReplyStreamer(TOKENIZER)
+        thread, following = new_thread(), new_streamer(TOKENIZER)
 
         def leave_and_fail(streamer: ReplyStreamer) -> None:
             streamer.cancel()
             raise RuntimeError("out of memory")
 
-        thread.submit(ReplyStreamer(TOKENIZER), leave_and_fail)
+        thread.submit(new_streamer(TOKENIZER), leave_and_fail)
         thread.submit(following, say, "hello")
         assert await read(following) == "hello"
 
@@ -270,13 +274,13 @@ def test_a_lost_gpu_ends_the_thread_and_all_who_wait(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     async def test() -> None:
-        thread, held = ModelThread(), Held()
-        streamer = ReplyStreamer(TOKENIZER)
+        thread, held = new_thread(), Held()
+        streamer = new_streamer(TOKENIZER)
         thread.submit(streamer, die, RuntimeError("out of memory"))
         with pytest.raises(RuntimeError, match="out of memory"):
             await read(streamer)
         running = await held.submit_to(thread)  # the GPU is there still
-        failing, waiting = ReplyStreamer(TOKENIZER), ReplyStreamer(TOKENIZER)
+        failing, waiting = new_streamer(TOKENIZER), new_streamer(TOKENIZER)
         thread.submit(failing, die, RuntimeError("device-side assert"))
         thread.submit(waiting, say, "Hi")
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)

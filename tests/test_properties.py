@@ -6,26 +6,34 @@ from typing import Any
 
 import pytest
 import torch
+from engines import limits_of, new_streamer, reply_options
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted_model import EOS, byte_tokenizer
-from test_encoding import TEMPLATE, assistant, user
+from test_prompt import TEMPLATE, assistant, user
 from test_streaming import byte_fallback_tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from batchbot import Batchbot, RawStreamer, Row
-from serving.decoding import TokenDecoder
-from serving.encoding import MAX_BYTES_PER_TOKEN, PromptTooLong, Turn, begin, encode, tokenize
-from serving.loading import check_model
-from serving.locating import EMBEDDED
-from serving.prompts import (
+from streaming_bots.chat.protocol import JsonProtocol, PlainProtocol
+from streaming_bots.errors import BadMessage, Refusal
+from streaming_bots.generation.text_decoder import TextDecoder
+from streaming_bots.http.request import (
     MAX_BYTES_OUTSIDE_STRINGS,
     ReplyOptions,
     TextRequest,
     parse_object,
 )
-from serving.streaming import ReplyStreamer
-from serving.wire import REFUSALS, BadFrame, JsonWire, Limits, PlainWire
+from streaming_bots.models.loaded_model import check_model
+from streaming_bots.models.prompt import (
+    MAX_BYTES_PER_TOKEN,
+    Message,
+    PromptTooLong,
+    encode,
+    new_conversation,
+    tokenize,
+)
+from streaming_bots.models.source import BUNDLED
 
 HANG_S = 60
 MARKER_LETTERS = "<>🐢"  # few, so that a chunk often is the marker
@@ -38,7 +46,7 @@ tricky = st.sampled_from(
 texts = st.lists(st.text() | tricky, max_size=4).map("".join)
 conversations = st.builds(
     lambda system_prompt, exchanges, prompt: [
-        *begin(system_prompt),
+        *new_conversation(system_prompt),
         *(turn for said, reply in exchanges for turn in (user(said), assistant(reply))),
         user(prompt),
     ],
@@ -70,10 +78,10 @@ messages = st.fixed_dictionaries(
 json_texts = st.one_of(messages.map(json.dumps), json_values.map(json.dumps), nested, texts)
 
 
-@pytest.fixture(scope="module", params=["bytes", "bytes with a template", EMBEDDED])
+@pytest.fixture(scope="module", params=["bytes", "bytes with a template", BUNDLED])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    if request.param == EMBEDDED:
-        return check_model(EMBEDDED)[1]
+    if request.param == BUNDLED:
+        return check_model(BUNDLED)[1]
     tokenizer = byte_tokenizer(512)
     tokenizer.chat_template = None if request.param == "bytes" else TEMPLATE
     return tokenizer
@@ -86,7 +94,7 @@ def test_any_conversation_fits_or_is_too_long_and_loses_only_its_oldest_exchange
 ):
     first = int(whole[0]["role"] == "system")
 
-    def left_after(dropped: int) -> list[Turn]:
+    def left_after(dropped: int) -> list[Message]:
         return whole[:first] + whole[first + dropped :]
 
     conversation = list(whole)
@@ -111,20 +119,20 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @pytest.mark.parametrize(
     "tokenizer",
-    [byte_tokenizer(512), check_model(EMBEDDED)[1], ByT5Tokenizer(), byte_fallback_tokenizer()],
-    ids=["bytes", EMBEDDED, "python", "byte fallback"],
+    [byte_tokenizer(512), check_model(BUNDLED)[1], ByT5Tokenizer(), byte_fallback_tokenizer()],
+    ids=["bytes", BUNDLED, "python", "byte fallback"],
 )
 @property_test
 @given(text=texts)
 def test_the_pieces_of_any_text_are_whole_characters_and_join_to_it(tokenizer, text):
-    ids, decoder = ids_of(tokenizer, text), TokenDecoder(tokenizer)
+    ids, decoder = ids_of(tokenizer, text), TextDecoder(tokenizer)
     joined = "".join([*map(decoder.step, ids), decoder.flush()])
     assert joined == tokenizer.decode(ids, skip_special_tokens=True)
     assert joined == text or "<" in text  # which a special token begins with
 
 
 async def stream_reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    streamer = ReplyStreamer(tokenizer)
+    streamer = new_streamer(tokenizer)
 
     def write() -> None:
         streamer.put(torch.tensor([[0, 0, 0]]))
@@ -155,7 +163,7 @@ def test_the_pieces_end_before_the_first_stop_string_and_show_no_part_of_it(toke
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     found = [(whole.index(s) + len(s), whole.index(s)) for s in stop if s in whole]
     expected = whole[: min(found)[1]] if found else whole
-    decoder = TokenDecoder(tokenizer, stop)
+    decoder = TextDecoder(tokenizer, stop)
     pieces = []
     for token in ids:
         pieces.append(decoder.step(token))
@@ -169,17 +177,9 @@ async def stream_batch(
     tokenizer: PreTrainedTokenizerBase, replies: list[list[int]], limits: list[int]
 ) -> list[str]:
     """What the readers of a batch get of replies that end with EOS, as `generate` writes them."""
-    rows = [
-        Row(
-            [0] * 3,
-            ReplyOptions.model_construct(max_new_tokens=limit),
-            None,
-            TokenDecoder(tokenizer),
-        )
-        for limit in limits
-    ]
-    streamer = RawStreamer(rows, [tokenizer.eos_token_id])
-    streamer.prompt_length = 3
+    ends = [tokenizer.eos_token_id]
+    rows = [Row(tokenizer, [0] * 3, reply_options(limit), ends) for limit in limits]
+    streamer = RawStreamer(rows)
 
     def write() -> None:
         running, input_ids = range(len(rows)), torch.zeros(len(rows), 3, dtype=torch.long)
@@ -193,11 +193,11 @@ async def stream_batch(
                 stop |= streamer(input_ids, None)
                 streamer.put(tokens)
             streamer.end()
-            if not streamer.going_on:
+            if not (kept := list(streamer.kept)):
                 return
-            running = [running[index] for index in streamer.going_on]
-            input_ids = input_ids[streamer.going_on]
-            streamer.drop_ended()
+            running, input_ids = [running[index] for index in kept], input_ids[kept]
+            streamer.rows = [streamer.rows[index] for index in kept]
+            streamer.stopped = False
 
     read, ended = [""] * len(rows), [False] * len(rows)
     async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
@@ -228,17 +228,7 @@ def test_each_row_of_a_batch_gets_its_own_text_up_to_its_own_limit(tokenizer, ro
     assert asyncio.run(stream_batch(tokenizer, replies, limits)) == expected
 
 
-class Socket:
-    """Keeps the frames that are sent."""
-
-    def __init__(self) -> None:
-        self.frames: list[str] = []
-
-    async def send_text(self, text: str) -> None:
-        self.frames.append(text)
-
-
-LIMITS = Limits(room=100, max_new_tokens=100)
+LIMITS = limits_of(prompt_budget=100, max_new_tokens=100)
 OPTIONS = ReplyOptions.model_construct(max_new_tokens=100)
 
 
@@ -248,29 +238,18 @@ OPTIONS = ReplyOptions.model_construct(max_new_tokens=100)
     chunks=st.lists(st.text(MARKER_LETTERS, max_size=4) | texts),
 )
 def test_the_marker_never_appears_as_data_and_nothing_is_lost(marker, chunks):
-    wire = PlainWire(Socket(), LIMITS, OPTIONS, marker)
-
-    async def send() -> None:
-        for chunk in chunks:
-            await wire.send_text(chunk)
-
-    asyncio.run(send())
-    assert marker not in wire.ws.frames
-    assert "".join(wire.ws.frames) == "".join(chunks)
+    protocol = PlainProtocol(LIMITS, OPTIONS, marker)
+    messages = [message for chunk in chunks for message in protocol.text(chunk)]
+    assert marker not in messages
+    assert "".join(messages) == "".join(chunks)
 
 
 @property_test
 @given(chunks=st.lists(texts))
-def test_text_in_json_frames_is_the_text(chunks):
-    wire = JsonWire(Socket(), LIMITS, OPTIONS, [])
-
-    async def send() -> None:
-        for chunk in chunks:
-            await wire.send_text(chunk)
-
-    asyncio.run(send())
-    frames = [json.loads(frame) for frame in wire.ws.frames]
-    assert frames == [{"type": "text", "text": chunk} for chunk in chunks]
+def test_text_in_json_messages_is_the_text(chunks):
+    protocol = JsonProtocol(LIMITS, OPTIONS)
+    messages = [json.loads(message) for chunk in chunks for message in protocol.text(chunk)]
+    assert messages == [{"type": "text", "text": chunk} for chunk in chunks]
 
 
 @property_test
@@ -280,8 +259,8 @@ def test_text_in_json_frames_is_the_text(chunks):
 @example('{"type": "ping"}')
 def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text):
     try:
-        request = JsonWire(Socket(), LIMITS, OPTIONS, []).read({"text": text})
-    except REFUSALS as error:
+        request = JsonProtocol(LIMITS, OPTIONS).read({"text": text})
+    except Refusal as error:
         assert str(error)
         return
     if isinstance(request, str):
@@ -297,9 +276,9 @@ def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text
 @property_test
 @given(data=st.binary())
 def test_any_binary_frame_is_refused(data):
-    for wire in JsonWire(Socket(), LIMITS, OPTIONS, []), PlainWire(Socket(), LIMITS, OPTIONS, "<>"):
-        with pytest.raises(BadFrame):
-            wire.read({"bytes": data})
+    for protocol in JsonProtocol(LIMITS, OPTIONS), PlainProtocol(LIMITS, OPTIONS, "<>"):
+        with pytest.raises(BadMessage):
+            protocol.read({"bytes": data})
 
 
 @property_test

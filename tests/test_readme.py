@@ -13,7 +13,7 @@ from local_serve import LocalServe
 from readme import README, TRANSCRIPTS, check_log, check_transcripts, commands, section
 from serve_command import serve_run
 
-from serving.arguments import BatchbotArguments, ChatbotArguments
+from streaming_bots.settings import BatchbotSettings, ChatbotSettings
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_arguments_that_it_shows_are_valid():
     for line in shown:
         name, *arguments = re.findall(r'(?:[^\s"]|"[^"]*")+', line)[2:]
         given = dict(argument.split("=", 1) for argument in arguments)
-        (BatchbotArguments if name == "batchbot:build" else ChatbotArguments)(**given)
+        (BatchbotSettings if name == "batchbot:build" else ChatbotSettings)(**given)
 
 
 def test_the_file_tree_is_true():
@@ -68,7 +68,7 @@ def test_the_file_tree_is_true():
             folder = name
         assert (REPOSITORY / path).exists(), path
         paths.add(path.rstrip("/"))
-    named_by_itself = {"README.md", "LICENSE", "serving/__init__.py", ".gitignore"}
+    named_by_itself = {"README.md", "CHANGELOG.md", "LICENSE", "__init__.py", ".gitignore"}
     leaves = {path for path in paths if not any(other.startswith(path + "/") for other in paths)}
     list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.check_output(list_files, cwd=REPOSITORY, text=True).splitlines()

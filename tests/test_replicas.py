@@ -19,9 +19,9 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.frames import Close
 from websockets.sync.client import ClientConnection, connect
 
-from serving.arguments import BotArguments, ChatbotArguments
+from streaming_bots.settings import BotSettings, ChatbotSettings
 
-ARGUMENTS = {"textbot": BotArguments, "chatbot": ChatbotArguments}
+ARGUMENTS = {"textbot": BotSettings, "chatbot": ChatbotSettings}
 HELLO, STORY = "Hello!", "Tell me a story about dogs."
 AT_ONCE = {
     "max_replicas": 4,

@@ -23,7 +23,7 @@ from stepped_bots import DECODE_ERROR, ENCODE_ERROR
 
 from batchbot import Batchbot
 from continuousbot import Continuousbot
-from serving import prompts
+from streaming_bots.http import request
 from textbot import Textbot
 
 STORY = "Tell me a story about dogs."
@@ -86,7 +86,7 @@ def test_of_many_problems_the_first_are_told_with_short_names(bot):
 
 
 def test_a_body_that_does_not_come_is_a_408(bot, monkeypatch):
-    monkeypatch.setattr(prompts, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(request, "BODY_TIMEOUT_S", 0.2)
     url = urlsplit(bot.http)
     connection = HTTPConnection(url.hostname, url.port, timeout=HANG_S)
     connection.putrequest("POST", url.path)

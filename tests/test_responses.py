@@ -1,11 +1,11 @@
-"""serving/responses.py and prompts.py, without a cluster."""
+"""responses.py and prompts.py, without a cluster."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
 
-from serving.responses import TextStream
+from streaming_bots.http.response import TextStream
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}
 

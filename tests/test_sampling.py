@@ -1,11 +1,10 @@
-"""serving/sampling.py: each request draws from its own distribution, with its own generator."""
+"""sampling.py: each request draws from its own distribution, with its own generator."""
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from serving.prompts import ReplyOptions
-from serving.sampling import Sampler, SampleRows
+from streaming_bots.generation.sampling import ReplyOptions, Sampler, SamplingLogitsProcessor
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0])
@@ -51,7 +50,9 @@ def test_without_a_seed_two_requests_draw_differently():
 
 def test_rows_without_a_sampler_stay_as_they_are():
     scores = torch.stack([LOGITS, LOGITS, LOGITS])
-    sampled = SampleRows([None, Sampler(1.0, 0, 1.0, 1, CPU), None])(None, scores.clone())
+    sampled = SamplingLogitsProcessor([None, Sampler(1.0, 0, 1.0, 1, CPU), None])(
+        None, scores.clone()
+    )
     assert torch.equal(sampled[[0, 2]], scores[[0, 2]])
     assert not torch.equal(sampled[1], scores[1])
 

@@ -23,11 +23,11 @@ from soak_bots import SOAKED, Report
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from serving.arguments import DEFAULT_BATCH_SIZE
-from serving.locating import EMBEDDED
-from serving.wire import CHAT_V1
+from streaming_bots.chat.protocol import CHAT_V1
+from streaming_bots.models.source import BUNDLED
+from streaming_bots.settings import BatchSettings
 
-REQUESTS = dict.fromkeys(["textbot", "chatbot", "batchbot", "continuousbot"], 500)
+REQUESTS = dict.fromkeys(SOAKED, 400)
 CLIENTS = 24  # at once, fewer than any limit of the bots
 LEAVE = 0.35  # in one of these phases, or a little later
 PHASES = ["queue", "prefill", "first", "last", "random"]
@@ -41,7 +41,7 @@ OUTCOMES = ["finished", "failed", "cancelled", "refused"]
 GROWTH_MB = 7
 # Serve's batching holds the last batch until the next, and pools of threads fill up late. What is
 # left by each request, or by some, would be hundreds.
-ALLOWANCE = 2 * DEFAULT_BATCH_SIZE
+ALLOWANCE = 2 * BatchSettings().max_batch_size
 HANG_S = 60  # only bounds a hang
 REPORTED_S = 60  # Ray reports counters every few seconds
 
@@ -68,6 +68,10 @@ class Leave(NamedTuple):
 STAY = Leave()
 
 
+def is_chat(bot: str) -> bool:
+    return bot.endswith("chatbot")
+
+
 @dataclass
 class Visit:
     """What one client does."""
@@ -84,11 +88,11 @@ def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
     visits = []
     for bot, left in numbers.items():
         while left:
-            number = min(left, dice.randint(1, LONGEST_CHAT)) if bot == "chatbot" else 1
+            number = min(left, dice.randint(1, LONGEST_CHAT)) if is_chat(bot) else 1
             visit = Visit(bot, [])
-            visit.json = bot == "chatbot" and dice.random() < 0.5
+            visit.json = is_chat(bot) and dice.random() < 0.5
             visit.ahead = visit.json and dice.random() < 0.5
-            wrong = [BLANK, TOO_LONG] if bot != "chatbot" else [BINARY, TOO_LONG]
+            wrong = [BLANK, TOO_LONG] if not is_chat(bot) else [BINARY, TOO_LONG]
             for _ in range(number):
                 kinds = wrong if dice.random() < REFUSED else PROMPTS
                 visit.prompts.append(dice.choice(kinds))
@@ -113,7 +117,7 @@ def moment(visit: Visit, dice: random.Random) -> Leave:
         return Leave(phase=phase, how=how)
     # A reset may destroy what the other side has not read yet. For HTTP, Serve's counters tell;
     # of a prompt over a WebSocket nobody could tell whether it ever came.
-    how = "close" if visit.bot == "chatbot" else how
+    how = "close" if is_chat(visit.bot) else how
     if phase == "prefill":
         return Leave(phase=phase, how=how)
     return Leave(seconds=dice.choice([0.005, 0.05, 0.5]) * dice.random(), how=how)
@@ -160,7 +164,7 @@ class Clients:
             prompts, leave = visit.prompts, visit.leave
             while prompts:  # what a failure or leaving early has left over, somebody else asks
                 name = f"soak-{id(self)}-{next(self.numbers)}"
-                if visit.bot == "chatbot":
+                if is_chat(visit.bot):
                     outcomes = await self.chat(name, visit, prompts, leave)
                 else:
                     outcomes = [await self.post(name, visit, leave)]
@@ -213,7 +217,7 @@ class Clients:
     async def chat(self, name: str, visit: Visit, prompts: list[str], leave: Leave) -> list[str]:
         """Prompts over a WebSocket until it closes; what is returned is as long as were sent."""
         async with connect(
-            f"ws://127.0.0.1:{self.port}/soak_chatbot/",
+            f"ws://127.0.0.1:{self.port}/soak_{visit.bot}/",
             additional_headers={"X-Request-ID": name},
             subprotocols=[CHAT_V1] if visit.json else None,
             compression=None,
@@ -296,7 +300,7 @@ class Counts(NamedTuple):
     def served(self) -> dict[str, int]:
         """By Serve, where it counts all: some WebSockets that are reset the proxy does not, some
         HTTP requests that are cancelled the replica does not."""
-        return self.proxy | {"chatbot": self.replica["chatbot"]}
+        return self.proxy | {bot: self.replica[bot] for bot in REQUESTS if is_chat(bot)}
 
     def since(self, earlier: "Counts") -> "Counts":
         return Counts(
@@ -353,13 +357,14 @@ class Soak:
         self.begun = socket.socket(type=socket.SOCK_DGRAM)
         self.begun.bind(("127.0.0.1", 0))
         targets = []
-        for bot, original in SOAKED.items():
-            app = original.options(func_or_class=bot).bind(
+        for bot, (soaked, original, arguments) in SOAKED.items():
+            app = original.options(func_or_class=soaked).bind(
                 begun_port=self.begun.getsockname()[1],
-                model=EMBEDDED,
+                model=BUNDLED,
                 max_new_tokens=MAX_NEW_TOKENS,
+                **arguments,
             )
-            name = f"soak_{original.name.lower()}"
+            name = f"soak_{bot}"
             targets.append(serve.RunTarget(app, name=name, route_prefix=f"/{name}"))
         self.handles = dict(zip(REQUESTS, serve.run_many(targets), strict=True))
         self.ask_replicas()

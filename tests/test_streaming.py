@@ -1,4 +1,4 @@
-"""serving/streaming.py: whole characters, no polling, failures and cancellation handed over."""
+"""streaming.py: whole characters, no polling, failures and cancellation handed over."""
 
 import asyncio
 import random
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from bot_fixtures import EMOJI_PROMPT, EMOJI_REPLY
+from engines import new_streamer, new_thread, reply_options
 from scripted_model import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from serving.decoding import TokenDecoder
-from serving.loading import LoadedModel, load_model
-from serving.model_thread import ModelThread
-from serving.streaming import Handover, ReplyStreamer
+from streaming_bots.generation.streamer import ReplyStreamer, TokenQueue
+from streaming_bots.generation.text_decoder import TextDecoder
+from streaming_bots.models.loaded_model import LoadedModel, load_model
 
 HANG_S = 60
 
@@ -42,7 +42,7 @@ def generate(
     "tokenizer", [byte_tokenizer(512), ByT5Tokenizer()], ids=["rust", "python"]
 )
 def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
-    decoder = TokenDecoder(tokenizer)
+    decoder = TextDecoder(tokenizer)
     ids = tokenizer(EMOJI_REPLY, add_special_tokens=False)["input_ids"]
     pieces = [decoder.step(token) for token in ids]
     assert "".join(pieces) == EMOJI_REPLY
@@ -54,7 +54,7 @@ def test_pieces_of_any_tokens_join_to_what_decode_says():
     tokenizer, rng = byte_tokenizer(512), random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(40))]
-        decoder = TokenDecoder(tokenizer)
+        decoder = TextDecoder(tokenizer)
         text = "".join(decoder.step(token) for token in ids) + decoder.flush()
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -77,12 +77,12 @@ class AwaitedStreamer(ReplyStreamer):
 
 def test_each_token_of_a_letter_is_text_at_once(emoji):
     async def read() -> list[str]:
-        streamer = AwaitedStreamer(emoji.tokenizer)
+        streamer = AwaitedStreamer(emoji.tokenizer, (), reply_options(), ())
         ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
         texts = aiter(streamer)
         first = asyncio.ensure_future(anext(texts))
         await asyncio.sleep(0)  # it reads
-        ModelThread().submit(streamer, generate, emoji.model, ids, 200)
+        new_thread().submit(streamer, generate, emoji.model, ids, 200)
         return [await first, *[text async for text in texts]]
 
     assert asyncio.run(read()) == list(EMOJI_REPLY)
@@ -90,7 +90,7 @@ def test_each_token_of_a_letter_is_text_at_once(emoji):
 
 def test_what_is_there_when_the_reader_comes_travels_together_and_the_end_alone():
     async def read() -> list[list[int]]:
-        numbers: Handover[int] = Handover()
+        numbers: TokenQueue[int] = TokenQueue()
         await asyncio.to_thread(lambda: [numbers.put(1), numbers.put(2), numbers.end()])
         return [some async for some in numbers]
 
@@ -99,7 +99,7 @@ def test_what_is_there_when_the_reader_comes_travels_together_and_the_end_alone(
 
 def test_a_reply_is_cancelled_once_however_often_it_is_said(emoji):
     async def cancel() -> None:
-        streamer = ReplyStreamer(emoji.tokenizer)
+        streamer = new_streamer(emoji.tokenizer)
         for _ in range(3):
             streamer.cancel()
         assert len(streamer.text.items) == 1
@@ -110,7 +110,7 @@ def test_a_reply_is_cancelled_once_however_often_it_is_said(emoji):
 @pytest.mark.parametrize("when", ["it is read", "the loop hears of the end", "before that"])
 def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji, when):
     async def test() -> str:
-        streamer = ReplyStreamer(emoji.tokenizer)
+        streamer = new_streamer(emoji.tokenizer)
         for token in emoji.tokenizer("Hi")["input_ids"]:
             streamer.add(token)
         streamer.end()
@@ -122,14 +122,14 @@ def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji, when):
                 await asyncio.sleep(0)
             streamer.cancel()
             assert [text async for text in streamer] == ["Hi"]
-        return streamer.finish_reason([])
+        return streamer.finish_reason
 
     assert asyncio.run(test()) == "length"
 
 
 def test_what_came_before_a_failure_is_read_before_it():
     async def read() -> None:
-        numbers: Handover[int] = Handover()
+        numbers: TokenQueue[int] = TokenQueue()
         numbers.put(1)
         numbers.end(MemoryError("too much"))
         assert await anext(numbers) == [1]
@@ -139,9 +139,9 @@ def test_what_came_before_a_failure_is_read_before_it():
         asyncio.run(read())
 
 
-def test_a_paced_handover_gives_its_first_items_and_its_end_at_once():
+def test_a_queue_with_an_interval_gives_its_first_items_and_its_end_at_once():
     async def read() -> None:
-        numbers: Handover[int] = Handover(pace=1000 * HANG_S)
+        numbers: TokenQueue[int] = TokenQueue(min_interval=1000 * HANG_S)
         numbers.put(1)
         assert await anext(numbers) == [1]
         numbers.put(2)
@@ -157,9 +157,9 @@ def test_a_paced_handover_gives_its_first_items_and_its_end_at_once():
 
 def test_a_reply_cut_inside_a_character_says_what_decode_says(emoji):
     async def read(max_new_tokens: int) -> str:
-        streamer = ReplyStreamer(emoji.tokenizer)
+        streamer = new_streamer(emoji.tokenizer)
         ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
-        ModelThread().submit(streamer, generate, emoji.model, ids, max_new_tokens)
+        new_thread().submit(streamer, generate, emoji.model, ids, max_new_tokens)
         return "".join([text async for text in streamer])
 
     ids = emoji.tokenizer(EMOJI_REPLY)["input_ids"]
@@ -172,8 +172,8 @@ def test_a_failure_of_generate_is_raised_where_the_stream_is_read(emoji):
         raise RuntimeError("out of memory")
 
     async def read() -> list[str]:
-        streamer, texts = ReplyStreamer(emoji.tokenizer), []
-        ModelThread().submit(streamer, generate, emoji.model, [0], 200)
+        streamer, texts = new_streamer(emoji.tokenizer), []
+        new_thread().submit(streamer, generate, emoji.model, [0], 200)
         async for text in streamer:
             texts.append(text)
         return texts
@@ -188,7 +188,7 @@ def test_a_reader_who_leaves_stops_the_model_within_one_token(emoji):
     steps = 0
 
     async def read() -> None:
-        streamer = ReplyStreamer(emoji.tokenizer)
+        streamer = new_streamer(emoji.tokenizer)
 
         def before_step(*_: object) -> None:
             nonlocal steps
@@ -197,7 +197,7 @@ def test_a_reader_who_leaves_stops_the_model_within_one_token(emoji):
                 streamer.cancel()
 
         hook = emoji.model.register_forward_pre_hook(before_step)
-        thread, following = ModelThread(), ReplyStreamer(emoji.tokenizer)
+        thread, following = new_thread(), new_streamer(emoji.tokenizer)
         thread.submit(streamer, generate, emoji.model, [0], 200)
         thread.submit(following, ReplyStreamer.end)
         async for _ in following:
@@ -222,14 +222,14 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 def test_bytes_of_a_byte_fallback_tokenizer_become_whole_characters():
     tokenizer, text = byte_fallback_tokenizer(), "\n你好 🐢!"
     ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
-    decoder = TokenDecoder(tokenizer)
+    decoder = TextDecoder(tokenizer)
     assert [piece for token in ids if (piece := decoder.step(token))] == list(text)
 
 
 def test_bytes_that_become_no_character_do_not_end_the_reply():
     tokenizer = byte_fallback_tokenizer()
     tokens = ["<0x0A>", "<0xF0>", "<0x9F>", "!", "▁Hi", "<0xC3>", "<0xA9>"]
-    decoder = TokenDecoder(tokenizer)
+    decoder = TextDecoder(tokenizer)
     text = "".join(decoder.step(i) for i in tokenizer.convert_tokens_to_ids(tokens))
     assert text.startswith("\n")
     assert text.endswith("! Hié")

@@ -1,0 +1,134 @@
+"""What all clients need to reach a bot: its URL, its key, patience, and one line about errors."""
+
+import argparse
+import os
+import ssl
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+import requests
+from urllib3.exceptions import ProtocolError
+from websockets.exceptions import ConnectionClosed, WebSocketException
+
+PROBE_TIMEOUT_S = 5  # a bot that loads its model may leave a request without an answer
+PROBE_EVERY_S = 0.5
+BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+class Refused(Exception):
+    """The bot's answer to a request that it does not reply to, with its HTTP status."""
+
+    def __init__(self, problem: str, status: int) -> None:
+        super().__init__(problem)
+        self.status = status
+
+
+def add_options(parser: argparse.ArgumentParser, url: str) -> None:
+    parser.add_argument("--url", default=url, help="of the bot; by default %(default)s")
+    parser.add_argument("--api-key-file", type=Path, help="a file with the key that the bot wants")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="how long to wait for a bot that is not there yet; by default %(default)s",
+    )
+
+
+def authorization(options: argparse.Namespace) -> dict[str, str]:
+    """The header with the key, if there is one."""
+    if options.api_key_file is None:
+        return {}
+    try:
+        key = options.api_key_file.read_bytes().strip().decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"--api-key-file: {error}")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def keep_key(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """For requests' `auth`. Without it, ~/.netrc would replace the key."""
+    return request
+
+
+def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> str:
+    """Wait until a bot answers, saying so, for at most `--wait`; return its model's name, if known.
+
+    The caller's own request finds out whether something answers in the end.
+    """
+    url = options.url.replace("ws", "http", 1) if options.url.startswith("ws") else options.url
+    deadline = time.monotonic() + options.wait
+    said = False
+    while (response := probe(url, headers)) is None and time.monotonic() < deadline:
+        if not said:
+            print(
+                f"waiting up to {options.wait:.0f} s for {options.url} (Ctrl-C leaves)",
+                file=sys.stderr,
+            )
+            said = True
+        time.sleep(PROBE_EVERY_S)
+    return printable(unquote(response.headers.get("X-Model", ""))) if response is not None else ""
+
+
+def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
+    """Any answer of a bot, whatever it says to a GET; None while it starts."""
+    try:
+        response = requests.get(url, headers=headers, auth=keep_key, timeout=PROBE_TIMEOUT_S)
+    except requests.exceptions.SSLError:
+        return requests.Response()
+    except (requests.ConnectionError, requests.Timeout):
+        return None
+    except requests.RequestException:  # such as a URL that is none
+        return requests.Response()
+    # Ray Serve itself answers before it knows the bot, and while no replica is ready.
+    unknown = response.status_code == 404 and "/-/routes" in response.text
+    starting = response.status_code == 503 and "Retry-After" not in response.headers
+    return None if unknown or starting else response
+
+
+def show(text: str) -> None:
+    """Print a piece of a reply: as it is, but to a terminal nothing that could command it."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def printable(text: str) -> str:
+    """Without what could command a terminal, or have it show text in another order."""
+    commands = set(BIDIRECTIONAL) | {char for char in text if unicodedata.category(char) == "Cc"}
+    return "".join(char for char in text if char in "\n\t" or char not in commands)
+
+
+@contextmanager
+def exit_on_error(options: argparse.Namespace) -> Iterator[None]:
+    """End the program with status 1 and one line that says what is wrong."""
+    url = options.url
+    try:
+        yield
+    except Refused as error:
+        sys.exit(printable(str(error)))
+    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except requests.exceptions.ChunkedEncodingError:
+        print()
+        sys.exit(f"{url} failed in the middle of the reply")
+    except ConnectionClosed as closed:
+        print()
+        code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
+        sys.exit(printable(f"{url} closed the connection: {code} {reason}").rstrip())
+    except requests.ConnectionError as error:
+        if isinstance(error, requests.exceptions.SSLError):
+            sys.exit(f"cannot talk to {url}: {error}")
+        if isinstance(error.args[0], ProtocolError):
+            sys.exit(f"{url} closed the connection before it answered")
+        sys.exit(f"nothing answers at {url}: is a bot running? (serve run textbot:app)")
+    except (requests.RequestException, WebSocketException, ssl.SSLError) as error:
+        sys.exit(f"cannot talk to {url}: {error}")
+    except OSError:
+        sys.exit(f"nothing answers at {url}: is a bot running? (serve run chatbot:app)")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the terminal's ^C
+        sys.exit(130)

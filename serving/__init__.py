@@ -1,1 +1,0 @@
-"""What the bots share: loading a model, encoding a conversation, streaming its reply."""

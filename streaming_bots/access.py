@@ -1,0 +1,76 @@
+"""Who may use a bot: the hosts it answers for, the web pages that may ask, and the key.
+
+Without the first two, any web page that somebody visits could use the model on that person's own
+machine: the browser sends `POST http://localhost:8000/?prompt=...` for the page without asking.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+def _split(value: Any) -> Any:
+    """Names from the command line come as one string, separated by commas."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_host(host: str) -> str:
+    if not re.fullmatch(r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]", host, re.ASCII):
+        raise ValueError(
+            f"{host!r} is no host: a name (xn--... if not ASCII) or address without a port, "
+            "*.name, or *"
+        )
+    return host
+
+
+def _check_origin(origin: str) -> str:
+    origin = origin.lower()  # as browsers send it
+    if not (origin.isascii() and re.fullmatch(r"\*|[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin)):
+        raise ValueError(
+            f"{origin!r} is no origin, such as https://chat.example.org (xn--... if not ASCII), "
+            "nor *"
+        )
+    scheme, _, _ = origin.partition(":")
+    return origin.removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
+
+
+Host = Annotated[str, AfterValidator(_check_host)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
+
+
+class AccessSettings(BaseModel, extra="forbid"):
+    """Who may use a bot."""
+
+    allowed_hosts: Annotated[list[Host], BeforeValidator(_split)] = Field(
+        default=["localhost", "127.0.0.1", "[::1]"],
+        description="Host names that requests may be made to, without a port; *.example.org for "
+        "all names below it, * for any. By default this machine's own.",
+    )
+    allowed_origins: Annotated[list[Origin], BeforeValidator(_split)] = Field(
+        default=[],
+        description="Web pages of other hosts that may ask, as https://chat.example.org; * for "
+        "all. Pages of the bot's own host and port always may.",
+    )
+    api_key_file: Path | None = Field(
+        default=None,
+        description="File with the key that every request must carry, on each machine that runs a "
+        "replica. By default no key is needed.",
+    )
+
+    def read_api_key(self) -> bytes | None:
+        """The key, without the white space around it. Raises ValueError if there is none."""
+        if self.api_key_file is None:
+            return None
+        try:
+            key = self.api_key_file.expanduser().read_bytes().strip()
+        except OSError as error:
+            raise ValueError(f"api_key_file: cannot be read: {error}") from None
+        if not key or len(key.split()) > 1:
+            raise ValueError(f"api_key_file: {self.api_key_file} must hold one key on one line")
+        if not key.isascii():  # clients do not agree on how others are sent in a header
+            raise ValueError(f"api_key_file: the key in {self.api_key_file} must be ASCII")
+        return key

@@ -1,0 +1,125 @@
+"""What every bot has, whatever it serves and however it computes: its base class."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+
+from ray import serve
+
+from streaming_bots.errors import PromptTooLong
+from streaming_bots.generation.engine import Engine
+from streaming_bots.generation.reply import ReplyState
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.models.loaded_model import load_model
+from streaming_bots.models.prompt import (
+    Message,
+    encode,
+    new_conversation,
+    prompt_limit,
+    reply_limit,
+)
+from streaming_bots.operations.drain import Drain
+from streaming_bots.operations.log import traceback_once
+from streaming_bots.operations.metrics import BotMetrics
+from streaming_bots.settings import BotSettings
+
+logger = logging.getLogger("ray.serve")
+
+
+class Reply:
+    """The text of a reply with `async for`, as the model writes it; `state` says how it ended.
+
+    Must be closed. Closing it before its end stops the model for it.
+    """
+
+    def __init__(self, state: ReplyState, chunks: AsyncGenerator[str]) -> None:
+        self.state = state
+        self.chunks = chunks
+
+    def __aiter__(self) -> AsyncGenerator[str]:
+        return self.chunks
+
+    async def aclose(self) -> None:
+        await self.chunks.aclose()
+
+
+class Bot(ABC):
+    """A model and its tokenizer, the settings, and what a replica needs around them.
+
+    Must be constructed in the replica, on its event loop.
+    """
+
+    engine: Engine  # runs the model; every bot sets its own
+
+    def __init__(self, settings: BotSettings) -> None:
+        logger.addFilter(traceback_once)
+        self.settings = settings
+        name, self.model, self.tokenizer, context = load_model(
+            settings.model,
+            settings.dtype,
+            settings.fallback,
+            device="cuda" if settings.num_gpus else "cpu",
+        )
+        self.model_name = settings.served_model_name or name
+        self.api_key = settings.read_api_key()
+        self.metrics = BotMetrics()
+        self.drain = Drain()
+        self.limit_context(context)
+
+    def limit_context(self, tokens: int, reason: str = "") -> None:
+        """Let a prompt and its reply have so many tokens together; `reason` is told to clients.
+
+        Raises ValueError if the limits of the settings do not fit.
+        """
+        self.context = tokens
+        self.context_reason = reason
+        self.max_new_tokens = reply_limit(self.settings.max_new_tokens, tokens)
+        self.max_prompt_tokens = prompt_limit(self.settings.max_prompt_tokens, tokens)
+
+    def new_conversation(self) -> list[Message]:
+        """A conversation in which nobody has spoken yet: the system prompt, if there is one."""
+        return new_conversation(self.settings.system_prompt)
+
+    def prompt_budget(self, max_new_tokens: int) -> int:
+        """The tokens that are left for a prompt, beside a reply of so many."""
+        return min(self.context - max_new_tokens, self.max_prompt_tokens)
+
+    async def encode(self, messages: list[Message], options: ReplyOptions) -> list[int]:
+        """Token ids of a conversation, in a thread, since a long one takes the tokenizer long.
+
+        Drops the oldest exchanges from `messages` if they do not fit. Raises a Refusal.
+        """
+        budget = self.prompt_budget(options.max_new_tokens)
+        try:
+            return await asyncio.to_thread(encode, messages, self.tokenizer, budget)
+        except PromptTooLong as error:
+            raise PromptTooLong(f"{error}{self.context_reason}") from None
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens with which the model ends a reply."""
+        return self.model.generation_config.eos_token_id or []
+
+    @abstractmethod
+    async def start_reply(self, messages: list[Message], options: ReplyOptions) -> Reply:
+        """Begin the reply to a conversation, whose last message is the prompt.
+
+        Raises a Refusal, or what has ended the engine.
+        """
+
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        """Called by Serve: what the policy in operations/autoscaling.py counts."""
+        return {"replies": self.engine.in_progress()}
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica if this raises."""
+        self.drain.health_was_asked()
+        self.engine.check()
+
+
+def current_bot() -> Bot:
+    """The bot of the replica whose code this is."""
+    bot = serve.get_replica_context().servable_object
+    assert isinstance(bot, Bot)
+    return bot

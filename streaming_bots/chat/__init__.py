@@ -1,0 +1,1 @@
+"""Conversations over a WebSocket, and the page to have them on."""

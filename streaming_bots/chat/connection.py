@@ -1,0 +1,217 @@
+"""One client's WebSocket: prompts are read ahead, and each is answered once, in order."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import WebSocket, WebSocketDisconnect
+from ray.exceptions import TaskCancelledError
+from starlette.types import Message as ASGIMessage
+from starlette.websockets import WebSocketState
+
+from streaming_bots.bot import Bot, Reply
+from streaming_bots.chat.protocol import select_protocol
+from streaming_bots.errors import Refusal, Restarting, TooManyWaiting, close_code, describe
+from streaming_bots.generation.reply import ReplyState
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.models.prompt import Message
+
+MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
+MAX_CHARACTERS_AHEAD = 1_000_000  # of all of these, before another one
+MAX_MESSAGES_PER_SECOND = 200  # of one client
+BYTES_OF_MESSAGE, MAX_WEIGHT = 20_000, 90  # a longer one counts as several, but not too many
+MAX_REASON_BYTES = 123  # of a WebSocket close frame (RFC 6455, 5.5)
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(eq=False)
+class Prompt:
+    """What a client asked for, or what is wrong with it."""
+
+    text: str
+    options: ReplyOptions
+    error: Exception | None = None
+    reply: Reply | None = None  # once it has started
+    stopped: bool = False
+
+
+class ChatConnection:
+    """Give it every message with `take`, iterate over it for prompts, and `answer` each of them."""
+
+    def __init__(
+        self, ws: WebSocket, bot: Bot, options: ReplyOptions, end_of_response: str
+    ) -> None:
+        offered = ws.scope["subprotocols"]
+        self.protocol = select_protocol(offered, bot, options, end_of_response)
+        self.ws = ws
+        self.bot = bot
+        self.options = options
+        self.prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()  # None: no more are answered
+        self.unanswered: list[Prompt] = []
+        self.conversation = bot.new_conversation()  # as far as the model sees it
+        self.spoken = 0  # prompts and replies so far
+        self.second, self.received = time.monotonic(), 0  # messages since then
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """End what is inside when the client disconnects; close the socket on an error inside."""
+        drain = asyncio.create_task(self._end_when_draining())
+        try:
+            yield
+        except* (WebSocketDisconnect, TaskCancelledError):
+            pass  # Serve cancels the reading of a client that has disconnected
+        except* Exception as errors:
+            error = errors.exceptions[0]
+            if isinstance(error, Refusal):
+                self.bot.metrics.count("refused")
+            else:
+                logger.exception("A chat failed")
+            await self.close(error)
+        finally:
+            drain.cancel()
+            for _ in self.unanswered:
+                self.bot.metrics.count("cancelled")
+
+    async def refuse(self, reason: str) -> None:
+        """Close it with 1013, try again later: only an accepted WebSocket can be told a code."""
+        self.bot.metrics.count("refused")
+        await self.close(TooManyWaiting(reason))
+
+    async def close(self, error: Exception) -> None:
+        """Close it, if it is open, with the error's code and what fits of its description."""
+        if self.ws.application_state is WebSocketState.CONNECTED:
+            reason = describe(error).encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+            await self.ws.close(close_code(error), reason)
+
+    async def take(self, message: ASGIMessage) -> None:
+        """Queue a prompt, or do at once what else a message asks for."""
+        await asyncio.sleep(0)  # others' turn, also while this client keeps sending
+        self._limit_rate(message)
+        text, options, error = "", self.options, None
+        try:
+            request = self.protocol.read(message)
+        except Refusal as refusal:
+            error = refusal
+        else:
+            if request == "ping":
+                await self.send(self.protocol.pong())
+                return
+            if request == "stop":
+                for earlier in self.unanswered:
+                    earlier.stopped = True
+                    if earlier.reply is not None:
+                        self._cancel(earlier.reply)
+                return
+            text, options = request.prompt, request
+        if len(self.unanswered) > MAX_PROMPTS_AHEAD:
+            raise TooManyWaiting(f"more than {MAX_PROMPTS_AHEAD} prompts wait for a reply")
+        ahead = sum(len(earlier.text) for earlier in self.unanswered)
+        if ahead > MAX_CHARACTERS_AHEAD:
+            raise TooManyWaiting(f"{ahead} characters wait for a reply")
+        prompt = Prompt(text, options, error)
+        self.unanswered.append(prompt)
+        self.prompts.put_nowait(prompt)
+
+    async def __aiter__(self) -> AsyncIterator[Prompt]:
+        """The client's prompts, in order. Those that need no model are answered here."""
+        while (prompt := await self.prompts.get()) is not None:
+            if prompt.error is not None:
+                await self._end(prompt, prompt.error)
+            elif prompt.stopped or not prompt.text.strip():
+                state = ReplyState(self.bot.tokenizer, (), prompt.options, self.bot.end_tokens)
+                state.cancelled = prompt.stopped
+                await self._end(prompt, state)
+            else:
+                yield prompt
+        while self.unanswered:
+            self.unanswered.pop()
+            self.bot.metrics.count("refused")
+        await self.close(Restarting("this replica ends; connect again for another"))
+        raise WebSocketDisconnect(Restarting.close_code)
+
+    @asynccontextmanager
+    async def answer(self, prompt: Prompt) -> AsyncIterator[None]:
+        """Send the end of the reply that is sent inside, or the error that is raised there."""
+        try:
+            try:
+                yield
+            finally:
+                if prompt.reply is not None:
+                    self._cancel(prompt.reply)  # also one that nobody has begun to read
+                    await prompt.reply.aclose()
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            await self._end(prompt, error)
+        else:
+            assert prompt.reply is not None
+            await self._end(prompt, prompt.reply.state)
+
+    async def wait_for_turn(self, prompt: Prompt, reply: Reply) -> None:
+        """Say how many replies are ahead, until this one begins. From now on a stop ends it."""
+        prompt.reply = reply
+        if prompt.stopped:
+            self._cancel(reply)
+        async with aclosing(self.bot.engine.line(streamer_of(reply))) as line:
+            async for ahead in line:
+                await self.send(self.protocol.waiting(ahead))
+
+    def remember(self, conversation: list[Message]) -> None:
+        """Take note of one more exchange, which is the last of the conversation."""
+        self.conversation = conversation
+        self.spoken += 2
+
+    async def send_text(self, text: str) -> None:
+        """Send a piece of the reply."""
+        await self.send(self.protocol.text(text))
+
+    async def send(self, messages: Sequence[str]) -> None:
+        for message in messages:
+            if self.ws.application_state is WebSocketState.CONNECTED:  # it may be closing
+                await self.ws.send_text(message)
+
+    def _limit_rate(self, message: ASGIMessage) -> None:
+        """Raise TooManyWaiting for a flood: Serve would keep all of it, and all answers to it."""
+        size = len(message.get("text") or message.get("bytes") or "")
+        if (now := time.monotonic()) > self.second + 1:
+            self.second, self.received = now, 0
+        self.received += 1 + min(size // BYTES_OF_MESSAGE, MAX_WEIGHT)
+        if self.received > MAX_MESSAGES_PER_SECOND:
+            raise TooManyWaiting("too many messages in a second")
+
+    def _cancel(self, reply: Reply) -> None:
+        self.bot.engine.cancel(streamer_of(reply))
+
+    async def _end(self, prompt: Prompt, end: ReplyState | Exception) -> None:
+        """Send the end of a reply, or its error; the plain protocol closes the socket with it."""
+        self.unanswered.remove(prompt)
+        if isinstance(end, ReplyState):
+            self.bot.metrics.count("cancelled" if end.cancelled else "finished")
+            messages = len(self.conversation) - len(self.bot.new_conversation())
+            await self.send(self.protocol.done(end, messages, self.spoken))
+            return
+        if isinstance(end, Refusal):
+            self.bot.metrics.count("refused")
+        else:
+            self.bot.metrics.count("failed")
+            logger.error("A reply failed", exc_info=end)
+        if (error := self.protocol.error(end)) is None:
+            await self.close(end)
+            raise WebSocketDisconnect(close_code(end))
+        await self.send(error)
+
+    async def _end_when_draining(self) -> None:
+        """Let the prompts that are there be answered, and end the connection then."""
+        await self.bot.drain.begun.wait()
+        self.prompts.put_nowait(None)
+
+
+def streamer_of(reply: Reply) -> ReplyStreamer:
+    """Where the engine writes a reply, in a bot whose replies have a streamer each."""
+    assert isinstance(reply.state, ReplyStreamer)
+    return reply.state

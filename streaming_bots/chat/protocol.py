@@ -1,0 +1,163 @@
+"""The two protocols in which a Chatbot and its clients speak over a WebSocket.
+
+Plain, the tutorial's: a text message from the client is a prompt. The reply comes in text messages,
+and a marker in a message of its own says that it is complete. An error closes the connection.
+
+`chat.v1`, for clients that offer this subprotocol: JSON objects in text messages, told apart by
+their `type`. An error answers the prompt that it concerns, and the conversation continues.
+
+    client  {"type": "prompt", "prompt": "Hello!", "max_new_tokens": 20}   and other ReplyOptions
+            {"type": "stop"}                       ends the replies to all prompts sent before it
+            {"type": "ping"}                       is anybody there? Browsers let no page ask
+    server  {"type": "waiting", "ahead": 3}        replies that must end first, as that changes
+            {"type": "text", "text": "Hi"}         a piece of the reply
+            {"type": "done", "finish_reason": "stop", "tokens": 7, "seconds": 0.21,
+             "messages": 6, "dropped": 2}          of the conversation: still seen by the model, not
+            {"type": "error", "detail": "a blank prompt has no reply"}
+            {"type": "pong"}                       at once, also between the pieces of a reply
+"""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from starlette.types import Message
+
+from streaming_bots.bot import Bot
+from streaming_bots.errors import BadMessage, PromptTooLong, describe
+from streaming_bots.generation.reply import ReplyState
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.http.request import (
+    TextRequest,
+    describe_problems,
+    json_allowed,
+    parse_object,
+)
+from streaming_bots.models.prompt import check_size
+
+CHAT_V1 = "chat.v1"
+
+
+class ChatProtocol(ABC):
+    """Reads what a client sends, and writes the text messages that it gets."""
+
+    subprotocol: str | None = None
+
+    def __init__(self, bot: Bot, options: ReplyOptions) -> None:
+        self.max_new_tokens = bot.max_new_tokens
+        self.prompt_budget = bot.prompt_budget(options.max_new_tokens)
+        self.max_prompt_tokens = bot.max_prompt_tokens  # beside the shortest reply
+        self.options = options.model_dump()  # of the connection; a prompt may have others
+
+    @abstractmethod
+    def read(self, message: Message) -> TextRequest | Literal["stop", "ping"]:
+        """The prompt in a message, or what else it asks for. Raises a Refusal."""
+
+    def waiting(self, ahead: int) -> list[str]:
+        """So many replies must end before this one begins."""
+        return []
+
+    @abstractmethod
+    def text(self, text: str) -> list[str]:
+        """A piece of the reply."""
+
+    @abstractmethod
+    def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
+        """The end of a reply. Of all messages spoken, the model still sees the last `messages`."""
+
+    @abstractmethod
+    def error(self, error: Exception) -> list[str] | None:
+        """What went wrong; None if closing the connection says it."""
+
+    def pong(self) -> list[str]:
+        return []
+
+
+def select_protocol(
+    offered: Sequence[str], bot: Bot, options: ReplyOptions, end_of_response: str
+) -> ChatProtocol:
+    """chat.v1 for a client that offers it, else the plain protocol."""
+    if CHAT_V1 in offered:
+        return JsonProtocol(bot, options)
+    return PlainProtocol(bot, options, end_of_response)
+
+
+class PlainProtocol(ChatProtocol):
+    """Text, and a marker after each reply."""
+
+    def __init__(self, bot: Bot, options: ReplyOptions, end_of_response: str) -> None:
+        super().__init__(bot, options)
+        self.end_of_response = end_of_response
+
+    def read(self, message: Message) -> TextRequest:
+        if (text := message.get("text")) is None:
+            raise BadMessage("a prompt is a text message, not a binary one")
+        check_size(text, self.prompt_budget)
+        return TextRequest.model_construct(prompt=text, **self.options)
+
+    def text(self, text: str) -> list[str]:
+        """A piece that looks like the marker goes in two messages."""
+        return [text[:1], text[1:]] if text == self.end_of_response else [text]
+
+    def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
+        return [self.end_of_response]
+
+    def error(self, error: Exception) -> None:
+        return None
+
+
+class JsonProtocol(ChatProtocol):
+    """The subprotocol chat.v1."""
+
+    subprotocol = CHAT_V1
+
+    def read(self, message: Message) -> TextRequest | Literal["stop", "ping"]:
+        if (text := message.get("text")) is None:
+            raise BadMessage("a message is JSON in a text message, not a binary one")
+        if (size := len(text.encode())) > (allowed := json_allowed(self.max_prompt_tokens)):
+            raise PromptTooLong(f"the message has {size} bytes, {allowed} are allowed")
+        try:
+            fields = parse_object(text)
+        except ValueError as error:
+            raise BadMessage(f"the message {error}") from None
+        kind = fields.pop("type", None)
+        if kind in ("stop", "ping") and not fields:
+            return kind
+        if kind != "prompt":
+            raise BadMessage('a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}')
+        try:
+            return TextRequest.model_validate(
+                {**self.options, **fields}, context={"limit": self.max_new_tokens}
+            )
+        except ValidationError as error:
+            problem = describe_problems(error, "message")[0]
+            name = ".".join(str(part) for part in problem["loc"][1:])
+            raise BadMessage(f"{name}: {problem['msg']}") from None
+
+    def waiting(self, ahead: int) -> list[str]:
+        return self._write(type="waiting", ahead=ahead)
+
+    def text(self, text: str) -> list[str]:
+        return self._write(type="text", text=text)
+
+    def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
+        return self._write(
+            type="done",
+            finish_reason=state.finish_reason,
+            tokens=state.reply_tokens,
+            seconds=round(time.monotonic() - state.asked, 3),
+            messages=messages,
+            dropped=spoken - messages,
+        )
+
+    def error(self, error: Exception) -> list[str]:
+        return self._write(type="error", detail=describe(error))
+
+    def pong(self) -> list[str]:
+        return self._write(type="pong")
+
+    def _write(self, **fields: Any) -> list[str]:
+        return [json.dumps(fields, ensure_ascii=False)]

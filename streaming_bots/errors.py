@@ -1,0 +1,80 @@
+"""What can go wrong, as a client learns of it: an HTTP status, or the close code of a WebSocket.
+
+Anything that is not a Refusal is a failure of the bot: a 500, or the close code 1011.
+"""
+
+from typing import Any, ClassVar
+
+
+class Refusal(Exception):
+    """The bot does not answer this request. The client may read the whole message."""
+
+    status: ClassVar[int]
+    close_code: ClassVar[int]  # RFC 6455, 7.4.1, and IANA's registry of WebSocket close codes
+    kind: ClassVar[str | None] = None  # of a 422, whose detail names the parameter
+
+    @property
+    def detail(self) -> str | list[dict[str, Any]]:
+        """What the body of an HTTP response says."""
+        if self.kind is None:
+            return str(self)
+        return [{"type": self.kind, "loc": ["body", "prompt"], "msg": str(self)}]
+
+
+class BadMessage(Refusal):
+    """A WebSocket message that is not a prompt."""
+
+    status, close_code = 400, 1003
+
+
+class PromptTooLong(Refusal):
+    """A prompt that does not fit the context, even with all earlier exchanges dropped."""
+
+    status, close_code = 413, 1009
+
+
+class NoToken(Refusal):
+    """A prompt of which the tokenizer leaves nothing."""
+
+    status, close_code, kind = 422, 1007, "no_token"
+
+
+class UnknownToken(Refusal):
+    """A prompt with a token that was added to the tokenizer, but not to the model."""
+
+    status, close_code, kind = 422, 1007, "unknown_token"
+
+
+class BodyTimeout(Refusal):
+    """A body that did not arrive in time."""
+
+    status, close_code = 408, 1008
+
+
+class TooManyWaiting(Refusal):
+    """No further prompt or chat is accepted now."""
+
+    status, close_code = 503, 1013
+
+
+class Restarting(Refusal):
+    """The replica ends. A client may ask another replica for what was not answered."""
+
+    status, close_code = 503, 1012
+
+
+class ModelStalled(Exception):
+    """The model makes no progress, or its thread is dead. Serve must replace the replica."""
+
+
+class BatchFailed(Exception):
+    """The continuous batch has ended with an error. Serve must replace the replica."""
+
+
+def close_code(error: Exception) -> int:
+    return error.close_code if isinstance(error, Refusal) else 1011
+
+
+def describe(error: Exception) -> str:
+    """What a client may know: all of a refusal, only the kind of a failure."""
+    return str(error) if isinstance(error, Refusal) else f"the reply failed: {type(error).__name__}"

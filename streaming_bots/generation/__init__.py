@@ -1,0 +1,1 @@
+"""How replies are computed, one at a time or in batches, and become text as they do."""

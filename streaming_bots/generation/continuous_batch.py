@@ -1,0 +1,108 @@
+"""The engine that writes many replies together: each joins and leaves the batch while it runs."""
+
+import logging
+
+from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from streaming_bots.errors import BatchFailed
+from streaming_bots.generation.engine import Engine, Streamer, watch_layers
+from streaming_bots.generation.kv_cache import start_manager, tokens_that_fit
+from streaming_bots.generation.padding import batch_context
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer, min_interval
+from streaming_bots.operations.metrics import BotMetrics
+from streaming_bots.settings import ContinuousBatchSettings
+
+logger = logging.getLogger("ray.serve")
+
+
+class ContinuousBatch(Engine):
+    """Adds requests to the ContinuousBatchingManager of transformers.
+
+    The manager's thread runs the model, one step for all requests of the batch at a time. It ends
+    with the process. If it fails, all replies end with BatchFailed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: int,
+        settings: ContinuousBatchSettings,
+        metrics: BotMetrics | None = None,
+    ) -> None:
+        rows = settings.max_batch_size or 1
+        super().__init__(rows, settings, metrics)
+        self.model = model
+        self.requests: dict[Streamer, str] = {}  # the id of each that the manager has
+        self.added = 0
+        context = batch_context(model, context)
+        self.manager = start_manager(model, context, rows, settings.cache_tokens)
+        watch_layers(model, self.watchdog.note_progress)
+        self.cache_tokens = tokens_that_fit(self.manager)
+        self.context = min(context, self.cache_tokens)  # of a prompt and its reply
+        in_cache = self.context == self.cache_tokens
+        self.context_reason = f"; the cache has {self.cache_tokens}" if in_cache else ""
+
+    def check(self) -> None:
+        if self.error is None and not self.manager.is_running():
+            self.give_up(BatchFailed("the model's thread is dead"))
+        super().check()
+
+    def cancel(self, streamer: Streamer) -> None:
+        streamer.cancel()
+        self._remove(streamer)
+
+    def _start(self, streamer: Streamer, *arguments: object) -> None:
+        """Add a request; `arguments` are the prompt's token ids and the ReplyOptions."""
+        input_ids, options = arguments
+        assert isinstance(streamer, ReplyStreamer) and isinstance(options, ReplyOptions)
+        self.added += 1
+        request = self.requests[streamer] = str(self.added)
+        self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
+        # The manager's queue has no limit, so this does not block; Serve limits the requests.
+        added = self.manager.add_request(
+            input_ids,
+            request,
+            options.max_new_tokens,
+            streaming=True,
+            sampler=options.sampler(self.model.device),
+        )
+        if added is None:  # it has just begun to end
+            self.give_up(BatchFailed("the model's thread is dead"))
+
+    def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
+        """Called on the event loop for every token, with all tokens of the reply so far."""
+        if streamer not in self.requests:
+            return  # it was cancelled
+        if output.error is not None:
+            self.give_up(BatchFailed(output.error))
+            return
+        if streamer not in self.running:
+            self.running.add(streamer)
+            self._changed()
+        streamer.text.min_interval = min_interval(len(self.running))
+        try:
+            for token in output.generated_tokens[streamer.reply_tokens :]:
+                streamer.add(token)
+            if not (output.is_finished() or streamer.decoder.stopped):
+                return
+            streamer.end()
+        except Exception as error:  # concerns this reply alone
+            streamer.fail(error)
+        self._remove(streamer)  # its place is free, even if its client takes long to read it
+
+    def _remove(self, streamer: Streamer) -> None:
+        request = self.requests.pop(streamer, None)
+        if request is None:
+            return
+        self.manager.cancel_request(request)
+        # The manager forgets a handler only at the end of its reply, and keeps output without a
+        # handler for somebody to fetch.
+        router = self.manager.output_router
+        router.result_handlers.pop(request, None)
+        while not router.output_queue.empty():
+            router.output_queue.get_nowait()
+        self.submitted.pop(streamer, None)
+        self.running.discard(streamer)
+        self._changed()

@@ -1,0 +1,111 @@
+"""The engine that writes one reply after the other, in a thread."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from streaming_bots.errors import ModelStalled
+from streaming_bots.generation.engine import Engine, Streamer, watch_layers
+from streaming_bots.operations.metrics import BotMetrics
+from streaming_bots.settings import BotSettings
+
+logger = logging.getLogger("ray.serve")
+
+
+class ModelThread(Engine):
+    """Calls `generate_text(*arguments, streamer)` in its thread, for one streamer at a time.
+
+    There is one thread: a second would bring its own OpenMP team and compete for the same cores.
+    The thread ends with the replica's process, which must not wait for it, since it may hang.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generate_text: Callable[..., None],
+        settings: BotSettings,
+        metrics: BotMetrics | None = None,
+    ) -> None:
+        super().__init__(1, settings, metrics)
+        self.generate_text = generate_text
+        self.loop = asyncio.get_running_loop()
+        self.queue: dict[Streamer, tuple[Any, ...]] = {}  # what has not begun, in order
+        self.jobs: SimpleQueue[tuple[Streamer, tuple[Any, ...]]] = SimpleQueue()  # one at most
+        watch_layers(model, self.watchdog.note_progress)
+        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.thread.start()
+
+    # Called on the event loop
+
+    def cancel(self, streamer: Streamer) -> None:
+        waited = self.queue.pop(streamer, None) is not None
+        if waited or not streamer.done:
+            streamer.cancel()
+            if waited:
+                self.submitted.pop(streamer)
+            self._changed()
+
+    def _start(self, streamer: Streamer, *arguments: Any) -> None:
+        self.queue[streamer] = arguments
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        if self.queue and not self.running:
+            streamer = next(iter(self.queue))
+            self.running.add(streamer)
+            self.jobs.put((streamer, self.queue.pop(streamer)))
+
+    def _ended(self, streamer: Streamer) -> None:
+        self.error = None  # if it had stalled, it was only slow
+        self.submitted.pop(streamer)
+        self.running.remove(streamer)
+        self._begin_next()
+        self._changed()
+
+    # Called in the model's thread
+
+    def _run(self) -> None:
+        while True:
+            streamer, arguments = self.jobs.get()
+            self.watchdog.note_progress()
+            try:
+                if streamer.done:  # its readers have just left
+                    streamer.end()
+                else:
+                    self.generate_text(*arguments, streamer)
+            except Exception as error:
+                if streamer.done:
+                    logger.exception("The model failed for a reply that nobody reads any more")
+                streamer.fail(error)
+                if gpu_is_lost():
+                    self._on_loop(self.give_up, ModelStalled("the GPU has failed"))
+                    return
+            except BaseException as error:  # such as SystemExit
+                death = ModelStalled(f"the model's thread died of {type(error).__name__}")
+                death.__cause__ = error
+                self._on_loop(self.give_up, death)
+                return
+            self.watchdog.note_progress()
+            self._on_loop(self._ended, streamer)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the process ends
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def gpu_is_lost() -> bool:
+    """Whether an error has made the GPU useless to this process: everything later fails, too."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

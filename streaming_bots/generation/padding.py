@@ -1,0 +1,161 @@
+"""Padding: batches of prompts of unequal lengths, and how they continue when a row has ended."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
+
+LENGTH = 4  # tokens, of the prompts that are tried and of the padding before one
+STEPS = 4  # tokens of the replies that are tried
+
+# Of the logits' standard deviation. What must not matter changes them by rounding alone, 1e-6 of it
+# in float32 and 1e-2 in bfloat16; what does, by 2e-3 of it at least.
+TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
+
+
+def batch_context(model: PreTrainedModel, context: int) -> int:
+    """Tokens that a prompt and its reply may have where others share the run of the model.
+
+    The positions of models with "longrope" (Phi-3's with 128k) change for all rows as soon as one
+    is longer than they were first trained with, so that a reply would depend on its neighbours.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # one for all layers, or one for each kind of them
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            context = min(context, part["original_max_position_embeddings"])
+    return context
+
+
+def check_padding(model: PreTrainedModel) -> None:
+    """Raise ValueError if a reply would depend on the padding that others in the batch bring.
+
+    Raises the model's own error if it cannot generate. Some models ignore the mask or, on padding,
+    move the positions of the prompt, and write something else than they would alone.
+    """
+    # Not in this thread: one that has computed keeps its OpenMP threads, with which those of the
+    # model's thread would have to share the cores.
+    with ThreadPoolExecutor(1) as thread:
+        alone, *padded = (
+            thread.submit(logits_of_reply, model, LENGTH, pads).result()
+            for pads in (0, LENGTH // 2, 4 * LENGTH)
+        )
+    if not all(are_alike(logits, alone, model.dtype) for logits in padded):
+        raise ValueError(
+            f"transformers cannot batch {model.config.model_type}: it reads the padding before "
+            "short prompts, so that replies would depend on the rest of the batch; the Textbot and "
+            "the Chatbot can use it"
+        )
+
+
+def can_cut_cache(model: PreTrainedModel) -> bool:
+    """Whether rows can continue with their part of the cache when another row has ended.
+
+    Some models have no cache, keep some of it elsewhere, or read everything again on top of it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(try_cut, model).result()
+
+
+def keep_rows(
+    inputs: dict[str, torch.Tensor], output: Any, kept: list[int], cuts_cache: bool
+) -> dict[str, Any]:
+    """What `generate` continues with when only the `kept` rows of a batch do.
+
+    `inputs` are those of the run that gave `output`. Unless the model's cache can be cut, all is
+    computed again.
+    """
+    rows = torch.tensor(kept, device=output.sequences.device)
+    input_ids, mask = output.sequences[rows], inputs["attention_mask"][rows]
+    written = input_ids.shape[1] - mask.shape[1]
+    remaining = {
+        "input_ids": input_ids,
+        "attention_mask": torch.nn.functional.pad(mask, (0, written), value=1),
+    }
+    if cuts_cache:
+        output.past_key_values.reorder_cache(rows)
+        remaining["past_key_values"] = output.past_key_values
+    return remaining
+
+
+class Recorder(Sampler):
+    """Keeps the logits of a reply, and has always the same tokens follow, which do not end it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        its = model.generation_config.eos_token_id
+        ends = {its} if isinstance(its, int) else set(its or ())
+        self.tokens = [token for token in range(STEPS + len(ends)) if token not in ends]
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        self.steps.append(logits.float().clone())
+        scores = torch.zeros_like(logits)
+        scores[self.tokens[len(self.steps) % len(self.tokens)]] = 1
+        return scores
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Shape (steps, vocabulary size)."""
+        return torch.stack(self.steps[:STEPS])
+
+
+def prompt_of(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """Token ids that differ, of shape (1, length)."""
+    known = model.get_input_embeddings().num_embeddings
+    return torch.arange(length, device=model.device)[None] % known
+
+
+def logits_of_reply(model: PreTrainedModel, length: int, pads: int = 0) -> torch.Tensor:
+    """Those of a reply to a prompt of such a length, with so many pads before it."""
+    recorder, prompt = Recorder(model), prompt_of(model, length)
+    pad = model.generation_config.pad_token_id
+    model.generate(
+        torch.nn.functional.pad(prompt, (pads, 0), value=pad),
+        attention_mask=torch.nn.functional.pad(torch.ones_like(prompt), (pads, 0)),
+        max_new_tokens=STEPS,
+        logits_processor=[SamplingLogitsProcessor([recorder])],
+    )
+    return recorder.logits
+
+
+def try_cut(model: PreTrainedModel) -> bool:
+    prompts = torch.arange(2 * LENGTH, device=model.device).view(2, LENGTH)
+    output = next_token(model, prompts, torch.ones_like(prompts))
+    going_on, cache = output.sequences[1:], output.past_key_values
+    mask = torch.ones_like(going_on)
+    if type(cache) is not DynamicCache:
+        return False
+    try:
+        cache.reorder_cache(torch.tensor([1], device=model.device))
+        cut = next_token(model, going_on, mask, past_key_values=cache)
+    except Exception:
+        return False
+    return are_alike(cut.logits[0], next_token(model, going_on, mask).logits[0], model.dtype)
+
+
+def next_token(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, **options: Any
+) -> Any:
+    """What `generate` returns; its logits are a list of one tensor of (rows, vocabulary size)."""
+    return model.generate(
+        input_ids,
+        attention_mask=mask,
+        max_new_tokens=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def are_alike(some: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits that were computed in such numbers differ by rounding alone."""
+    known = others.isfinite()  # tokens that a model never writes are minus infinity
+    difference, spread = (some - others)[known].float(), others[known].float()
+    tolerance = TOLERANCE if dtype.itemsize >= 4 else COARSE_TOLERANCE
+    return bool(
+        known.any()
+        and torch.equal(known, some.isfinite())
+        and difference.std() <= tolerance * spread.std()
+    )

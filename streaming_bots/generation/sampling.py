@@ -1,0 +1,147 @@
+"""How a reply is written: what a client may choose, and how the next token is drawn.
+
+`generate` samples with torch's global generator, so what one request draws changes what the next
+one gets. Here every request has its own generator: the same `seed` draws the same reply again.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+
+class Sampler:
+    """Draws the tokens of one reply.
+
+    `temperature`, over 0, divides the logits; then the `top_k` most likely tokens stay (0: all),
+    and of those the fewest whose probabilities add up to `top_p`.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int | None,
+        device: torch.device | None,
+    ) -> None:
+        self.temperature = temperature
+        self.filters: list[LogitsProcessor] = []
+        if top_k:
+            self.filters.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.filters.append(TopPLogitsWarper(top_p))
+        self.generator = torch.Generator(device or "cpu")
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores whose largest is at the token drawn; both of shape (vocabulary size,).
+
+        The largest of logits with Gumbel noise is a draw from their distribution (Maddison,
+        Tarlow and Minka, 2014, https://arxiv.org/abs/1411.0030). So greedy decoding, which takes
+        the most likely token, takes this one.
+        """
+        # Subtracting the largest first keeps a small temperature from making many of them infinite.
+        scores = (logits.float() - logits.max()).unsqueeze(0) / self.temperature
+        for keep in self.filters:
+            scores = keep(None, scores)
+        exponential = torch.empty_like(scores).exponential_(generator=self.generator)
+        return (scores - exponential.log()).squeeze(0)
+
+
+class SamplingLogitsProcessor(LogitsProcessor):
+    """Gives each row of a batch its own sampler; None takes the most likely token."""
+
+    def __init__(self, samplers: Sequence[Sampler | None]) -> None:
+        self.samplers = samplers
+
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of shape (rows, vocabulary size), changed where a row has a sampler."""
+        for row, sampler in enumerate(self.samplers):
+            if sampler is not None:
+                scores[row] = sampler(scores[row])
+        return scores
+
+
+MIN_TEMPERATURE = 1e-6  # below, float32 would divide by zero, and the most likely token is certain
+StopString = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class ReplyOptions(BaseModel):
+    """Greedy, unless one of the options asks for sampling.
+
+    Validated with the context `{"limit": <the bot's max_new_tokens>}`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_new_tokens: int = Field(
+        description="The most tokens of the reply: at most the bot's own limit, the default.",
+        json_schema_extra={"minimum": 1},
+    )
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        description="Divides the logits: the higher, the less likely the tokens that are drawn. 0 "
+        "takes the most likely token, as does a request without any of these options.",
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Draw from the fewest tokens whose probabilities add up to this.",
+    )
+    top_k: int | None = Field(
+        default=None, ge=0, description="Draw from this many of the most likely tokens; 0 is all."
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="The same seed draws the same reply again."
+    )
+    stop: list[StopString] = Field(
+        default=[],
+        max_length=4,
+        description="Strings before which the reply ends; in the query, one parameter each.",
+    )
+
+    _asked: float = PrivateAttr(default_factory=time.monotonic)
+
+    @property
+    def asked(self) -> float:
+        """When the request arrived, by time.monotonic."""
+        return self._asked
+
+    @field_validator("max_new_tokens", "temperature", "top_p", "top_k", "seed", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a number is needed")
+        return value
+
+    @field_validator("max_new_tokens")
+    @classmethod
+    def _check_max_new_tokens(cls, value: int, info: ValidationInfo) -> int:
+        limit = (info.context or {})["limit"]
+        if not 0 < value <= limit:
+            raise ValueError(f"from 1 to {limit} tokens are possible")
+        return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _take_one_string(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    def sampler(self, device: torch.device | None) -> Sampler | None:
+        """What draws the tokens of this reply; None takes the most likely ones."""
+        temperature, asked = self.temperature, (self.top_p, self.top_k, self.seed)
+        if temperature is None:
+            temperature = 0.0 if asked == (None, None, None) else 1.0
+        if temperature < MIN_TEMPERATURE:
+            return None
+        return Sampler(temperature, self.top_k or 0, self.top_p or 1.0, self.seed, device)

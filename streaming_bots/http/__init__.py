@@ -1,0 +1,1 @@
+"""Requests and responses, and what stands around them."""

@@ -1,0 +1,171 @@
+"""Middleware that lets only those use a bot whom its settings allow."""
+
+import base64
+import binascii
+import math
+from collections.abc import Callable, Iterable, Sequence
+from hmac import compare_digest
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from streaming_bots.access import DEFAULT_PORTS
+from streaming_bots.bot import Bot, current_bot
+
+BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+# By these headers Serve lets a client decide what is the operator's: whether an abandoned request
+# continues, and with which requests it may share a batch. Serve does not tell `_` from `-`.
+STEERING = {"x-request-disconnect-disabled", "serve-multiplexed-model-id"}
+TIMEOUT = "x-request-timeout-seconds"  # a client may have its own, but 0 would be none
+MAX_PARAMETERS = 50  # of a query
+
+
+class AccessMiddleware:
+    """Keeps out whoever this replica's settings do not let in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.guarded: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # comes before the first request, and before the bot
+            await self.app(scope, receive, send)
+            return
+        if self.guarded is None:
+            self.guarded = guard(self.app, current_bot())
+        await self.guarded(scope, receive, send)
+
+
+def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
+    """The app behind all checks: host, origin, the key if there is one, headers."""
+    app = CheckMiddleware(app, check_head)
+    app = KeyMiddleware(app, bot.api_key) if bot.api_key else app
+    # Inside the check of the origin, since CORS alone lets every request through: it only keeps
+    # the page from reading the answer. Outside that of the key: a browser asks first whether it
+    # may send one.
+    app = CORSMiddleware(
+        app,
+        allow_origins=bot.settings.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+        expose_headers=["X-Model"],
+    )
+    origins = bot.settings.allowed_origins
+    app = CheckMiddleware(app, lambda scope: check_origin(scope, origins))
+    return TrustedHostMiddleware(app, bot.settings.allowed_hosts, www_redirect=False)
+
+
+class CheckMiddleware:
+    """Answers with what `check` returns for a request, and lets it through if that is None."""
+
+    def __init__(self, app: ASGIApp, check: Callable[[Scope], Response | None]) -> None:
+        self.app = app
+        self.check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.check(scope) or self.app)(scope, receive, send)
+
+
+def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | None:
+    """403 for a web page that is neither the bot's own nor allowed."""
+    headers = Headers(scope=scope)
+    for origin in headers.getlist("origin"):
+        if not ({"*", origin} & set(allowed_origins) or is_own(origin, headers.get("host", ""))):
+            return JSONResponse({"detail": f"origin {origin} is not allowed"}, 403)
+    return None
+
+
+def is_own(origin: str, host: str) -> bool:
+    """Whether a web page comes from the bot's own host and port."""
+    # The bot sees http also where a proxy before it speaks https, so the scheme only says which
+    # port is meant by none.
+    try:
+        page = urlsplit(origin)
+        own = urlsplit(f"//{host}")
+        port = DEFAULT_PORTS[page.scheme]
+        return page.hostname is not None and (page.hostname, page.port or port) == (
+            own.hostname,
+            own.port or port,
+        )
+    except (ValueError, KeyError):  # "null", a port that is no number, another scheme
+        return False
+
+
+def check_head(scope: Scope) -> Response | None:
+    """400 for a header by which a client would steer Serve, 422 for too long a query."""
+    for name, value in Headers(scope=scope).items():
+        if steers(name.replace("_", "-"), value):
+            return JSONResponse({"detail": f"the header {name} is not a client's to set"}, 400)
+    if scope["query_string"].count(b"&") >= MAX_PARAMETERS:
+        problem = {"type": "too_long", "loc": ["query"], "msg": "it has too many parameters"}
+        return JSONResponse({"detail": [problem]}, 422)
+    return None
+
+
+def steers(name: str, value: str) -> bool:
+    return name in STEERING or (name == TIMEOUT and not is_positive(value))
+
+
+def is_positive(seconds: str) -> bool:
+    try:
+        return 0 < float(seconds) < math.inf
+    except ValueError:
+        return False
+
+
+class KeyMiddleware:
+    """401 without the key, except for the page on which a person types it, `GET /`.
+
+    That page gets WWW-Authenticate, which tells it that a key is needed.
+
+    HTTP and WebSocket clients send `Authorization: Bearer <key>`. A browser cannot do that on a
+    WebSocket; it offers the subprotocols `chat.v1` and `bearer.<key in base64url>` instead.
+    """
+
+    def __init__(self, app: ASGIApp, key: bytes) -> None:
+        self.app = app
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Every key is compared, in constant time: how long it takes tells nothing about ours.
+        if any([compare_digest(key, self.key) for key in _keys(scope)]):
+            await self.app(scope, receive, send)
+        elif _asks_for_page(scope):
+
+            async def send_challenge(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    headers = MutableHeaders(scope=message)
+                    headers.update(CHALLENGE)
+                    del headers["X-Model"]
+                await send(message)
+
+            await self.app(scope, receive, send_challenge)
+        else:
+            problem = {"detail": "a key is needed: Authorization: Bearer <key>"}
+            await JSONResponse(problem, 401, headers=CHALLENGE)(scope, receive, send)
+
+
+def _asks_for_page(scope: Scope) -> bool:
+    """Whether somebody opens a bot's address in a browser."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and path in ("", "/")
+
+
+def _keys(scope: Scope) -> Iterable[bytes]:
+    """The keys that a request carries."""
+    for value in Headers(scope=scope).getlist("authorization"):
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() == "bearer":
+            yield key.strip().encode("latin-1")
+    for protocol in scope.get("subprotocols", []):
+        if protocol.startswith(BEARER_PROTOCOL):
+            encoded = protocol.removeprefix(BEARER_PROTOCOL)
+            try:
+                yield base64.b64decode(encoded + "=" * (-len(encoded) % 4), b"-_", validate=True)
+            except (binascii.Error, ValueError):
+                continue

@@ -1,0 +1,88 @@
+"""Middleware around every bot's routes: outcomes are counted, responses name the model."""
+
+from urllib.parse import quote
+
+from ray.exceptions import TaskCancelledError
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from streaming_bots.bot import current_bot
+from streaming_bots.errors import describe
+
+STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)  # what `receive` raises then
+
+
+class OutcomeMiddleware:
+    """Counts the outcome of each POST, and of WebSocket handshakes that are refused.
+
+    A Chatbot counts what comes over a WebSocket itself, prompt by prompt.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, complete = 0, False
+
+        async def send_watched(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] in STARTS:
+                status = message.get("status", 0)
+            elif message["type"] == "http.response.body":
+                complete = not message.get("more_body", False)
+            await send(message)
+
+        outcome = "cancelled"  # unless the response is complete, or fails
+        try:
+            await self.app(scope, receive, send_watched)
+            if 300 <= status < 500:
+                outcome = "refused"
+            elif complete:
+                outcome = "finished"
+        except CLIENT_LEFT:
+            raise
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            if scope.get("method") == "POST" or (scope["type"] == "websocket" and status >= 400):
+                current_bot().metrics.count(outcome)
+
+
+class BotMiddleware:
+    """What all responses of a bot have in common, for those who may use it.
+
+    `X-Model` names the model, in ASCII. A failure before the first byte is a 500 that tells no more
+    than its kind, which web pages of other hosts can read as well; the exception goes on to Serve,
+    which logs its traceback. A route prefix alone, `/chatbot`, is the bot's `/`: Starlette would
+    redirect to it, but clients of WebSockets need not follow a redirect.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if not started and message["type"] in STARTS:
+                name = quote(current_bot().model_name, safe="/:@ ")
+                MutableHeaders(scope=message)["X-Model"] = name
+            started = True
+            await send(message)
+
+        if scope["type"] != "lifespan" and scope["path"] == scope.get("root_path", ""):
+            scope["path"] += "/"
+        try:
+            await self.app(scope, receive, send_named)
+        except CLIENT_LEFT:
+            raise
+        except Exception as error:
+            if scope["type"] == "http" and not started:
+                failure = JSONResponse({"detail": describe(error)}, status_code=500)
+                await failure(scope, receive, send_named)
+            raise

@@ -1,0 +1,76 @@
+"""`POST /`: what it takes and answers, for FastAPI, which cannot see what `read_request` reads."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends
+
+from streaming_bots.http.request import TextRequest, read_request
+from streaming_bots.http.response import TextStream
+
+PromptRequest = Annotated[TextRequest, Depends(read_request)]
+
+
+def _property(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a parameter that is given; one that may be left out has a null, too."""
+    given: dict[str, Any] = next(iter(schema.get("anyOf", [])), {})
+    return {key: schema[key] for key in schema.keys() - {"anyOf", "default", "title"}} | given
+
+
+def _described(description: str, media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": schema}}}
+
+
+def _detailed(detail: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"detail": detail}, "required": ["detail"]}
+
+
+def _error(description: str, detail: dict[str, Any]) -> dict[str, Any]:
+    return _described(description, "application/json", _detailed(detail))
+
+
+TEXT = {"type": "string"}
+PROBLEMS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"loc": {"type": "array"}, "msg": TEXT, "type": TEXT},
+        "required": ["loc", "msg", "type"],
+    },
+}
+PARAMETERS = {
+    name: _property(schema)
+    for name, schema in TextRequest.model_json_schema()["properties"].items()
+}
+
+# For `@api.post`.
+PROMPT_ROUTE: dict[str, Any] = {
+    "status_code": 200,
+    "response_class": TextStream,
+    "response_description": "The reply, as the model writes it",
+    "openapi_extra": {
+        "parameters": [
+            {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS.items()
+        ],
+        "requestBody": _described(
+            "The same parameters, for what is long or private; they go before those of the query",
+            "application/json",
+            {"type": "object", "properties": PARAMETERS, "additionalProperties": False},
+        ),
+    },
+    "responses": {
+        400: {
+            "description": "The bot does not answer for this host, or a header is not a client's",
+            "content": {
+                "text/plain": {"schema": TEXT},
+                "application/json": {"schema": _detailed(TEXT)},
+            },
+        },
+        401: _error("The key is missing or wrong", TEXT),
+        403: _error("Web pages of this origin may not ask", TEXT),
+        408: _error("The body did not come in time", TEXT),
+        413: _error("The prompt or the body is too long", TEXT),
+        422: _error("A parameter is missing or wrong", PROBLEMS),
+        500: _error("The reply failed before its first text", TEXT),
+        503: _described("Too many requests wait already", "text/plain", TEXT),
+    },
+}

@@ -1,0 +1,163 @@
+"""What a client asks for: a prompt and its options, from the query or a JSON body, validated."""
+
+import asyncio
+import json
+import re
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
+from pydantic import Field, ValidationError, field_validator
+from starlette.datastructures import QueryParams
+from starlette.requests import HTTPConnection
+
+from streaming_bots.bot import current_bot
+from streaming_bots.errors import BodyTimeout, PromptTooLong
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.models.prompt import bytes_allowed
+
+# Whatever a client sends is parsed on the event loop, while all others wait. Text takes next to no
+# time, but each value of its own takes Python half a microsecond.
+MAX_BYTES_OUTSIDE_STRINGS = 4096
+STRING = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
+ESCAPED = 3  # times as long is text of which each character is written as \uXXXX
+BODY_TIMEOUT_S = 10.0  # half a body would keep a place among the requests
+MAX_PROBLEMS = 5  # that an answer tells
+MAX_NAME = 100  # characters of a parameter's name in it
+
+Model = TypeVar("Model", bound=ReplyOptions)
+
+
+class TextRequest(ReplyOptions):
+    """A prompt and how its reply is written."""
+
+    prompt: str = Field(
+        description="What to reply to, not blank; needed in one of the two places.",
+        json_schema_extra={"pattern": r"\S"},
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _refuse_blank(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("a blank prompt has no reply")
+        return prompt
+
+
+def query_fields(query: QueryParams) -> dict[str, Any]:
+    """The fields of a query; of those that may be repeated, a list."""
+    fields: dict[str, Any] = dict(query)
+    if "stop" in fields:
+        fields["stop"] = query.getlist("stop")
+    return fields
+
+
+def check_structure(text: str) -> None:
+    """Raise ValueError for JSON with more values than a request can need, before it is parsed."""
+    outside, end = 0, 0
+    for string in STRING.finditer(text):
+        outside += 1 + string.start() - end
+        end = string.end()
+        if outside > MAX_BYTES_OUTSIDE_STRINGS:
+            break
+    if outside + len(text) - end > MAX_BYTES_OUTSIDE_STRINGS:
+        raise ValueError(f"has more than {MAX_BYTES_OUTSIDE_STRINGS} bytes outside of strings")
+
+
+def parse_object(data: str | bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError with what is wrong, as "is not a JSON object"."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is not a JSON object, which is UTF-8") from None
+    check_structure(text)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("is not a JSON object") from None
+    if not isinstance(fields, dict):
+        raise ValueError("is not a JSON object")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("has a lone surrogate, which is no character") from None
+    return fields
+
+
+def json_allowed(tokens: int) -> int:
+    """The most bytes that JSON with a prompt of so many tokens can need."""
+    return ESCAPED * bytes_allowed(tokens) + MAX_BYTES_OUTSIDE_STRINGS
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request.
+
+    Raises PromptTooLong if no prompt that fits can need so much, and BodyTimeout.
+    """
+    allowed = json_allowed(current_bot().max_prompt_tokens)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > allowed:
+                    raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
+    except TimeoutError:
+        raise BodyTimeout(f"the body was not there after {BODY_TIMEOUT_S:.0f} s") from None
+    return bytes(body)
+
+
+async def read_request(request: Request) -> TextRequest:
+    """The request's parameters: from the query, or from a JSON body with the same names.
+
+    A request that does not limit the reply gets the deployment's `max_new_tokens`, and none may
+    ask for more. Raises RequestValidationError (422), which names the field.
+    """
+    given, place = query_fields(request.query_params), "query"
+    if body := await read_body(request):
+        place = "body"
+        try:
+            given |= parse_object(body)
+        except ValueError as error:
+            problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
+            raise RequestValidationError([problem]) from None
+    try:
+        return _validate(TextRequest, given)
+    except ValidationError as error:
+        raise RequestValidationError(describe_problems(error, place)) from None
+
+
+async def read_options(connection: HTTPConnection) -> ReplyOptions:
+    """The options of a connection's replies, from the query of its handshake, or of its page.
+
+    Raises WebSocketRequestValidationError, with which the handshake is refused, or for the page
+    RequestValidationError (422).
+    """
+    try:
+        return _validate(ReplyOptions, query_fields(connection.query_params))
+    except ValidationError as error:
+        problems = describe_problems(error, "query")
+        if connection.scope["type"] == "websocket":
+            raise WebSocketRequestValidationError(problems) from None
+        raise RequestValidationError(problems) from None
+
+
+def _validate(kind: type[Model], given: dict[str, Any]) -> Model:
+    limit = current_bot().max_new_tokens
+    return kind.model_validate({"max_new_tokens": limit, **given}, context={"limit": limit})
+
+
+def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:
+    """What FastAPI says in the `detail` of a 422: the first of the problems, with short names."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    return [
+        {**problem, "loc": (place, *(shorten(name) for name in problem["loc"]))}
+        for problem in problems[:MAX_PROBLEMS]
+    ]
+
+
+def shorten(name: int | str) -> int | str:
+    return name[:MAX_NAME] if isinstance(name, str) else name
+
+
+ConnectionOptions = Annotated[ReplyOptions, Depends(read_options)]

@@ -1,0 +1,40 @@
+"""The response that streams a reply as text."""
+
+from collections.abc import AsyncGenerator
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from streaming_bots.bot import Reply
+
+
+class TextStream(StreamingResponse):
+    """A reply as plain UTF-8, which is closed however the stream ends.
+
+    Starlette alone leaves the reply to the garbage collector if the client goes away while a chunk
+    is being sent. Until then the model would generate for nobody.
+    """
+
+    media_type = "text/plain"
+
+    def __init__(self, first: str, chunks: AsyncGenerator[str]) -> None:
+        self.chunks = chunks
+
+        async def body() -> AsyncGenerator[str]:
+            yield first
+            async for chunk in chunks:
+                yield chunk
+
+        super().__init__(body())
+
+    @classmethod
+    async def start(cls, reply: Reply) -> "TextStream":
+        """Wait for the first text: a failure before it can still become a status code."""
+        chunks = aiter(reply)
+        return cls(await anext(chunks, ""), chunks)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.chunks.aclose()

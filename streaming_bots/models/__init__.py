@@ -1,0 +1,1 @@
+"""A language model by name, and a conversation as token ids that fit it."""

@@ -1,0 +1,121 @@
+"""A conversation as token ids that fit the model's context."""
+
+from bisect import bisect_left
+
+from transformers import PreTrainedTokenizerBase
+
+from streaming_bots.errors import NoToken, PromptTooLong, UnknownToken
+
+# In the form of chat templates: {"role": "system" | "user" | "assistant", "content": text}.
+# A conversation is a list of them: perhaps a system prompt, then prompts and replies in turn.
+Message = dict[str, str]
+
+# Longer text is not worth tokenizing: real text has 3 to 6 bytes per token.
+MAX_BYTES_PER_TOKEN = 64
+MAX_BYTES = 1_000_000  # 250,000 tokens of English
+DEFAULT_PROMPT_TOKENS = 8192  # longer ones may take minutes and gigabytes: operators decide
+
+
+def new_conversation(system_prompt: str | None) -> list[Message]:
+    """A conversation in which nobody has spoken yet."""
+    return [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+
+def encode(
+    conversation: list[Message], tokenizer: PreTrainedTokenizerBase, prompt_budget: int
+) -> list[int]:
+    """Token ids of a conversation, ready for the reply: at most `prompt_budget` of them.
+
+    Drops the oldest exchanges (a prompt and its reply) from `conversation`, no more than
+    necessary; the system prompt stays. A dropped exchange would never fit again.
+    Raises PromptTooLong if the last prompt does not fit alone, NoToken if nothing is left to read,
+    and UnknownToken for a token at or above the tokenizer's `model_vocab_size`, which load_model
+    and check_model set.
+    """
+    check_size(conversation[-1]["content"], prompt_budget)
+    first = 1 if conversation[0]["role"] == "system" else 0
+    exchanges = (len(conversation) - first) // 2
+
+    def without(dropped: int) -> list[int]:
+        return tokenize(conversation[:first] + conversation[first + 2 * dropped :], tokenizer)
+
+    # The last prompt alone comes first, so that a refusal costs nothing for what was said before.
+    if len(alone := without(exchanges)) > prompt_budget:
+        raise PromptTooLong(f"the prompt has {len(alone)} tokens, {prompt_budget} fit")
+    ids = without(0) if exchanges else alone
+    if len(ids) > prompt_budget:
+        fits = bisect_left(
+            range(1, exchanges), True, key=lambda n: len(without(n)) <= prompt_budget
+        )
+        ids = without(1 + fits)
+        del conversation[first : first + 2 * (1 + fits)]
+    if not ids:
+        raise NoToken("the prompt has no token: the model's tokenizer leaves nothing of it")
+    # One such token would fail the model, and with it all replies of a batch.
+    known = getattr(tokenizer, "model_vocab_size", None)
+    if known is not None and (last := max(ids)) >= known:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise UnknownToken(f"the prompt has a token that the model does not know: {token}")
+    return ids
+
+
+def check_size(prompt: str, prompt_budget: int) -> None:
+    """Raise PromptTooLong for a prompt that cannot fit, without the work of tokenizing it."""
+    size, allowed = len(prompt.encode()), bytes_allowed(prompt_budget)
+    if size > allowed:
+        raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
+
+
+def bytes_allowed(tokens: int) -> int:
+    """The most bytes of UTF-8 that are worth tokenizing for so many tokens."""
+    return min(tokens * MAX_BYTES_PER_TOKEN, MAX_BYTES)
+
+
+def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids by the tokenizer's chat template, if it has one.
+
+    Otherwise by DialoGPT's convention: the end-of-sequence token follows every message
+    (https://huggingface.co/microsoft/DialoGPT-small).
+    """
+    if tokenizer.chat_template is not None:
+        encoded = tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # PromptTooLong says what is too long
+        )
+    else:
+        eos = tokenizer.eos_token or ""
+        text = "".join(message["content"] + eos for message in conversation)
+        encoded = tokenizer(text, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def reply_limit(max_new_tokens: int | None, context: int) -> int:
+    """The most tokens that a reply may have, such that a prompt still fits beside it.
+
+    By default 256, or half the context of a model that has no more than that.
+    """
+    if max_new_tokens is None:
+        return min(256, context // 2)
+    return check_limit("max_new_tokens", max_new_tokens, context)
+
+
+def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
+    """The most tokens that a prompt may have, with the conversation before it.
+
+    By default the context less a reply of one token, DEFAULT_PROMPT_TOKENS at most.
+    """
+    if max_prompt_tokens is None:
+        return min(context - 1, DEFAULT_PROMPT_TOKENS)
+    return check_limit("max_prompt_tokens", max_prompt_tokens, context)
+
+
+def check_limit(name: str, tokens: int, context: int) -> int:
+    """Return `tokens`. Raises ValueError if a prompt and a reply could not both fit then."""
+    if not 0 < tokens < context:
+        raise ValueError(
+            f"{name} is {tokens}: from 1 to {context - 1} are possible, since prompt and reply "
+            f"share the model's context of {context} tokens"
+        )
+    return tokens

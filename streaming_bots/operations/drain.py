@@ -1,0 +1,49 @@
+"""What a Chatbot's replica does when Serve stops it."""
+
+import asyncio
+import time
+
+from ray import serve
+
+LONGEST_REPLY_S = 120.0  # for Serve: how long a replica that it stops may take to finish
+HEALTH_CHECK_PERIOD_S = 2.0  # for Serve: how often it asks replicas whether they are healthy
+SILENCE_S = 10.0  # several of these periods, which is seldom an accident of a busy machine
+LOOK_EVERY_S = 2.0
+
+
+class Drain:
+    """Notices that Serve is stopping this replica, for which Serve has no callback.
+
+    Serve routes nothing new to a replica that it stops, waits until no request is left there, at
+    most `graceful_shutdown_timeout_s`, and kills it. An idle WebSocket is a request, too, and a
+    reply on it that begins late would be cut. But health is only asked of replicas that stay: after
+    some silence, and a look at Serve's status (the controller may be away, which concerns nobody
+    here), `begun` is set, until health is asked after all. Must be created in the replica.
+    """
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.asked = time.monotonic()
+        self.task = asyncio.create_task(self._watch())  # ends with the replica
+
+    def health_was_asked(self) -> None:
+        self.asked = time.monotonic()
+        self.begun.clear()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if time.monotonic() - self.asked > SILENCE_S and await asyncio.to_thread(is_stopping):
+                self.begun.set()
+
+
+def is_stopping() -> bool:
+    """Whether Serve is stopping replicas of this deployment, maybe this one."""
+    replica = serve.get_replica_context()
+    try:
+        application = serve.status().applications[replica.app_name]
+    except Exception:  # nobody is there to tell
+        return False
+    deployment = application.deployments.get(replica.deployment)
+    stopping = deployment is not None and deployment.replica_states.get("STOPPING", 0) > 0
+    return stopping or application.status == "DELETING"

@@ -1,0 +1,67 @@
+"""What a bot counts, on Ray's Prometheus endpoint; Ray puts `ray_` before the names.
+
+Serve adds the tags `deployment` (the bot), `application` and `replica` to each.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
+
+
+class SetGauge(Gauge):
+    """A gauge of how many members are there, or of what it is set to."""
+
+    def __init__(self, name: str, description: str) -> None:
+        super().__init__(name, description=description)
+        self.members: set[object] = set()
+
+    def add(self, *members: object) -> None:
+        self.members.update(members)
+        self.set(len(self.members))
+
+    def discard(self, *members: object) -> None:
+        self.members.difference_update(members)
+        self.set(len(self.members))
+
+
+class BotMetrics:
+    """The metrics of one replica. Must be created in it."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "bot_requests",
+            description="Requests by outcome: finished, failed, cancelled or refused. Of a "
+            "Chatbot: prompts, and connections that were refused.",
+            tag_keys=("outcome",),
+        )
+        self.tokens = Counter("bot_generated_tokens", description="Tokens generated.")
+        self.first_token = Histogram(
+            "bot_time_to_first_token_seconds",
+            description="Seconds from a prompt to the first token of its reply.",
+            boundaries=SECONDS,
+        )
+        self.inter_token = Histogram(
+            "bot_inter_token_latency_seconds",
+            description="Seconds from one token of a reply to the next.",
+            boundaries=SECONDS,
+        )
+        self.waiting = SetGauge(
+            "bot_requests_waiting", description="Prompts that the model has not begun with."
+        )
+        self.running = SetGauge(
+            "bot_requests_running", description="Replies that the model is writing."
+        )
+
+    def count(self, outcome: str) -> None:
+        self.requests.inc(tags={"outcome": outcome})
+
+    def record_reply(self, asked: float, token_times: Sequence[float]) -> None:
+        """Count a reply's tokens and how long each took; times are in seconds."""
+        if token_times:
+            self.tokens.inc(len(token_times))
+            self.first_token.observe(token_times[0] - asked)
+            for before, after in pairwise(token_times):
+                self.inter_token.observe(after - before)

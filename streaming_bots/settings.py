@@ -1,0 +1,245 @@
+"""What a bot can be configured with, by its constructor and by its `build` function.
+
+serve run textbot:build model=./my-model max_new_tokens=64
+"""
+
+import logging
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError
+from ray.serve import Application, Deployment
+from ray.serve.config import BackpressureConfig
+
+from streaming_bots.access import AccessSettings
+from streaming_bots.models.loaded_model import check_model
+from streaming_bots.models.prompt import encode, new_conversation, prompt_limit, reply_limit
+from streaming_bots.models.source import BUNDLED, ModelError
+from streaming_bots.operations.drain import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S
+
+logger = logging.getLogger("ray.serve")
+
+DEFAULT_MODEL = "microsoft/DialoGPT-small"
+
+# For a bot whose requests wait their turn. Waiting costs next to nothing, but a hundred replies
+# take minutes: a client that would have to wait longer gets a 503 at once. Every request is queued
+# in Serve's proxy for a moment, so the queue has room for as many as a replica takes.
+QUEUE_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 100,
+    "max_queued_requests": 100,
+    "backpressure_config": BackpressureConfig(retry_after_s=10),
+}
+
+MAX_CHATS = 500  # open in a replica at once; an idle one costs some memory
+
+# Serve counts an open WebSocket as one request, also while nobody speaks. Over Serve's limit a
+# handshake would hang, so the Chatbot counts for itself; Serve's limit leaves room for clients that
+# are told to try again later. A replica that Serve stops needs time to finish its replies.
+CHAT_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 2 * MAX_CHATS,
+    "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+    "graceful_shutdown_timeout_s": LONGEST_REPLY_S,
+}
+
+
+class BotSettings(AccessSettings):
+    """What all bots take, on the command line or as `args:` in a Serve config file."""
+
+    max_waiting: ClassVar[int | None] = None  # prompts in line for the model; Serve limits them
+
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        min_length=1,
+        description="Hub id, folder, or <folder or hub id>:<file>.gguf. By default "
+        "microsoft/DialoGPT-small, or the bundled model if that is not available.",
+    )
+    fallback: str | None = Field(
+        default=None,
+        description="The model to load instead if `model` is not available. By default none, "
+        "except for the default model.",
+    )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What clients are told as X-Model. By default the hub id, or the last part of "
+        "a folder.",
+    )
+    max_new_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="The most tokens of a reply; a request may ask for fewer. By default 256, or "
+        "half the model's context if that is less.",
+    )
+    max_prompt_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="The most tokens of a prompt, with the conversation before it. By default what "
+        "the model's context leaves to the reply, 8192 at most: a prompt is read as a whole, and "
+        "one of 100,000 tokens can take a core many minutes, and its memory.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="Number format of the weights; auto is the model's own."
+    )
+    system_prompt: str | None = Field(
+        default=None, description="Instructions that begin every conversation."
+    )
+    stall_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="Seconds without progress of the model after which a reply has failed and "
+        "Serve replaces the replica. Must be longer than one of its layers takes for a prompt.",
+    )
+    num_cpus: float = Field(
+        default=1.0,
+        ge=0,
+        description="Cores that Ray reserves per replica, and threads of its model. One reply at a "
+        "time gains little from a second core, a batch more.",
+    )
+    num_gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs that Ray reserves per replica, where its model then runs. Less than 1: "
+        "replicas share one.",
+    )
+    num_replicas: PositiveInt | Literal["auto"] = Field(
+        default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
+    )
+
+    def bind(self, bot: Deployment) -> Application:
+        """The application of a bot. Raises what `constructor_arguments` does."""
+        return bot.options(**self.deployment_options()).bind(**self.constructor_arguments())
+
+    def autoscaling_config(self) -> dict[str, Any]:
+        """For `num_replicas=auto`: one reply is written at a time, and one may wait."""
+        return {"target_ongoing_requests": 2}
+
+    def deployment_options(self) -> dict[str, Any]:
+        """For `Deployment.options`."""
+        options: dict[str, Any] = {
+            "num_replicas": self.num_replicas,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+        }
+        if self.num_replicas == "auto":
+            options["autoscaling_config"] = self.autoscaling_config()
+            options["graceful_shutdown_timeout_s"] = LONGEST_REPLY_S  # no downscale cuts a reply
+        return options
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """The settings that were given, checked as far as possible before anything is deployed.
+
+        Raises ModelError if a model that was named cannot be loaded, and ValueError if
+        `max_new_tokens`, `max_prompt_tokens` or `system_prompt` do not suit it, or if
+        `api_key_file` holds no key.
+        """
+        given = self.model_dump(exclude_unset=True)
+        if self.api_key_file is not None:
+            given["api_key_file"] = self.api_key_file.expanduser().absolute()
+            self.read_api_key()
+        if "model" not in given:
+            given |= {"model": DEFAULT_MODEL, "fallback": BUNDLED}
+        try:
+            given["model"], tokenizer, context = check_model(given["model"])
+        except ModelError:
+            if given.get("fallback") is None:
+                raise
+            _, tokenizer, context = check_model(given["fallback"])
+        budget = min(
+            context - reply_limit(self.max_new_tokens, context),
+            prompt_limit(self.max_prompt_tokens, context),
+        )
+        shortest = [*new_conversation(self.system_prompt), {"role": "user", "content": "Hi"}]
+        try:
+            encode(shortest, tokenizer, budget)
+        except Exception as error:
+            culprit = "system_prompt" if self.system_prompt else "max_new_tokens"
+            raise ValueError(f"{culprit}: the model cannot take it: {error}") from error
+        return given
+
+
+class BatchSettings(BaseModel, extra="forbid"):
+    """What may change while a Batchbot runs, by `user_config`."""
+
+    max_batch_size: int = Field(
+        default=16, gt=0, description="Prompts in one run of the model, at most."
+    )
+    batch_wait_timeout_s: float = Field(
+        default=0.1, ge=0, description="Seconds that a prompt waits for others to join it."
+    )
+
+
+class BatchbotSettings(BotSettings, BatchSettings):
+    _in_force: BatchSettings | None = PrivateAttr(default=None)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> BatchSettings:
+        """The settings that a `user_config` brings into force.
+
+        If it is wrong, the earlier ones stay: Serve would stop the replica, and those that it
+        starts instead would fail likewise. Raises ValidationError if there are none yet.
+        """
+        try:
+            settings = BatchSettings.model_validate(user_config)
+        except ValidationError as error:
+            if self._in_force is None:
+                raise
+            logger.error(f"the batches stay as they are: {error}")
+            return self._in_force
+        for name in self.model_fields_set & set(BatchSettings.model_fields):
+            if (given := getattr(self, name)) != (used := getattr(settings, name)):
+                logger.warning(f"{name} is {used}, from user_config, and not {given}, from args")
+        self._in_force = settings
+        return settings
+
+    def autoscaling_config(self) -> dict[str, Any]:
+        """A full batch."""
+        return {"target_ongoing_requests": self.max_batch_size}
+
+    def deployment_options(self) -> dict[str, Any]:
+        settings = self.model_dump(include=set(BatchSettings.model_fields))
+        options = super().deployment_options() | {"user_config": settings}
+        return options | queue_beside(self.max_batch_size)
+
+
+class ContinuousBatchSettings(BotSettings):
+    max_batch_size: int | None = Field(
+        default=None, gt=0, description="Replies at once, at most. By default one at a time."
+    )
+    cache_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens of the cache that the replies of a continuous batch share, in half of "
+        "the free memory at most; a prompt must fit it with its reply. By default 256 for each "
+        "reply, or the model's context if that is more, up to 8192.",
+    )
+
+    def autoscaling_config(self) -> dict[str, Any]:
+        """Half of the places of a batch, so that a new prompt begins at once."""
+        if self.max_batch_size is None:
+            return super().autoscaling_config()
+        return {"target_ongoing_requests": (self.max_batch_size + 1) // 2}
+
+
+class ContinuousbotSettings(ContinuousBatchSettings):
+    max_batch_size: int = Field(default=32, gt=0, description="Replies at once, at most.")
+
+    def deployment_options(self) -> dict[str, Any]:
+        return super().deployment_options() | queue_beside(self.max_batch_size)
+
+
+class ChatbotSettings(ContinuousBatchSettings):
+    max_waiting: ClassVar[int | None] = 100  # a hundred replies take minutes
+
+    end_of_response: str = Field(
+        default="<>",
+        min_length=2,  # a piece of a reply that equals it is sent in two frames
+        description="The marker that follows each reply, in a message of its own.",
+    )
+
+    def autoscaling_config(self) -> dict[str, Any]:
+        """Replies count, not open connections."""
+        policy = {"policy_function": "streaming_bots.operations.autoscaling:replies_in_progress"}
+        return super().autoscaling_config() | {"policy": policy}
+
+
+def queue_beside(max_batch_size: int) -> dict[str, int]:
+    """How many requests a replica and Serve's proxies take: a batch, and as many that wait."""
+    requests = max(100, 2 * max_batch_size)
+    return {"max_ongoing_requests": requests, "max_queued_requests": requests}

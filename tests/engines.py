@@ -1,0 +1,61 @@
+"""Engines and streamers without a bot, for tests that decide what a run of the model does."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from streaming_bots.generation.continuous_batch import ContinuousBatch
+from streaming_bots.generation.model_thread import ModelThread
+from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer
+
+HANG_S = 60  # only bounds a hang
+
+
+def reply_options(max_new_tokens: int = 256, stop: Sequence[str] = ()) -> ReplyOptions:
+    return ReplyOptions.model_construct(max_new_tokens=max_new_tokens, stop=list(stop))
+
+
+def new_streamer(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> ReplyStreamer:
+    return ReplyStreamer(tokenizer, (), reply_options(stop=stop), ())
+
+
+def call(function: Any, *arguments: Any) -> None:
+    function(*arguments)
+
+
+def settings(stall_timeout_s: float, max_waiting: int | None = None, **others: Any) -> Any:
+    return SimpleNamespace(stall_timeout_s=stall_timeout_s, max_waiting=max_waiting, **others)
+
+
+def limits_of(prompt_budget: int, max_new_tokens: int, **others: Any) -> Any:
+    """What a protocol needs of a bot."""
+    return SimpleNamespace(
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=prompt_budget,
+        prompt_budget=lambda max_new_tokens: prompt_budget,
+        **others,
+    )
+
+
+def new_thread(
+    stall_timeout_s: float = HANG_S, max_waiting: int | None = None, metrics: Any = None
+) -> ModelThread:
+    """A model's thread; submit a streamer with the function that is to write it."""
+    limits = settings(stall_timeout_s, max_waiting)
+    return ModelThread(torch.nn.Module(), call, limits, metrics)
+
+
+def new_batch(
+    model: PreTrainedModel,
+    context: int,
+    rows: int,
+    cache_tokens: int | None = None,
+    stall_timeout_s: float = HANG_S,
+    max_waiting: int | None = None,
+) -> ContinuousBatch:
+    sizes = settings(stall_timeout_s, max_waiting, max_batch_size=rows, cache_tokens=cache_tokens)
+    return ContinuousBatch(model, context, sizes)
