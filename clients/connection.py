@@ -98,8 +98,11 @@ def show(text: str) -> None:
 
 def printable(text: str) -> str:
     """Without what could command a terminal, or have it show text in another order."""
-    commands = set(BIDIRECTIONAL) | {char for char in text if unicodedata.category(char) == "Cc"}
-    return "".join(char for char in text if char in "\n\t" or char not in commands)
+    return "".join(
+        char
+        for char in text
+        if char in "\n\t" or (unicodedata.category(char) != "Cc" and char not in BIDIRECTIONAL)
+    )
 
 
 @contextmanager

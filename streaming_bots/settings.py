@@ -20,12 +20,18 @@ logger = logging.getLogger("ray.serve")
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
 
+
+def queue_beside(max_batch_size: int) -> dict[str, int]:
+    """How many requests a replica and Serve's proxies take: a batch, and as many that wait."""
+    requests = max(100, 2 * max_batch_size)
+    return {"max_ongoing_requests": requests, "max_queued_requests": requests}
+
+
 # For a bot whose requests wait their turn. Waiting costs next to nothing, but a hundred replies
 # take minutes: a client that would have to wait longer gets a 503 at once. Every request is queued
 # in Serve's proxy for a moment, so the queue has room for as many as a replica takes.
 QUEUE_OPTIONS: dict[str, Any] = {
-    "max_ongoing_requests": 100,
-    "max_queued_requests": 100,
+    **queue_beside(1),
     "backpressure_config": BackpressureConfig(retry_after_s=10),
 }
 
@@ -237,9 +243,3 @@ class ChatbotSettings(ContinuousBatchSettings):
         """Replies count, not open connections."""
         policy = {"policy_function": "streaming_bots.operations.autoscaling:replies_in_progress"}
         return super().autoscaling_config() | {"policy": policy}
-
-
-def queue_beside(max_batch_size: int) -> dict[str, int]:
-    """How many requests a replica and Serve's proxies take: a batch, and as many that wait."""
-    requests = max(100, 2 * max_batch_size)
-    return {"max_ongoing_requests": requests, "max_queued_requests": requests}

@@ -3,9 +3,7 @@
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +27,7 @@ from streaming_bots.generation.padding import (
     STEPS,
     Recorder,
     are_alike,
+    in_a_thread,
     logits_of_reply,
     prompt_of,
 )
@@ -51,13 +50,10 @@ def start_manager(
     MemoryError if the cache does not fit, ValueError or the model's own error if it cannot
     be batched so.
     """
-    # Before the manager changes how the model computes attention, and in a thread that ends, as in
-    # `check_padding`. Shorter than a page, or the manager would keep them to share.
+    # Before the manager changes how the model computes attention. The prompts are shorter than a
+    # page, or the manager would keep them to share.
     lengths = {LENGTH, min(PAGE_SIZE - 2 * STEPS, context - STEPS)}
-    with ThreadPoolExecutor(1) as thread:
-        alone = dict(
-            zip(lengths, thread.map(partial(logits_of_reply, model), lengths), strict=True)
-        )
+    alone = {length: in_a_thread(logits_of_reply, model, length) for length in lengths}
     SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
     config = ContinuousBatchingConfig(
         scheduler_type=RoomScheduler.name,

@@ -1,7 +1,8 @@
 """Padding: batches of prompts of unequal lengths, and how they continue when a row has ended."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -14,6 +15,8 @@ STEPS = 4  # tokens of the replies that are tried
 # Of the logits' standard deviation. What must not matter changes them by rounding alone, 1e-6 of it
 # in float32 and 1e-2 in bfloat16; what does, by 2e-3 of it at least.
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
+
+Result = TypeVar("Result")
 
 
 def batch_context(model: PreTrainedModel, context: int) -> int:
@@ -35,13 +38,9 @@ def check_padding(model: PreTrainedModel) -> None:
     Raises the model's own error if it cannot generate. Some models ignore the mask or, on padding,
     move the positions of the prompt, and write something else than they would alone.
     """
-    # Not in this thread: one that has computed keeps its OpenMP threads, with which those of the
-    # model's thread would have to share the cores.
-    with ThreadPoolExecutor(1) as thread:
-        alone, *padded = (
-            thread.submit(logits_of_reply, model, LENGTH, pads).result()
-            for pads in (0, LENGTH // 2, 4 * LENGTH)
-        )
+    alone, *padded = (
+        in_a_thread(logits_of_reply, model, LENGTH, pads) for pads in (0, LENGTH // 2, 4 * LENGTH)
+    )
     if not all(are_alike(logits, alone, model.dtype) for logits in padded):
         raise ValueError(
             f"transformers cannot batch {model.config.model_type}: it reads the padding before "
@@ -55,8 +54,17 @@ def can_cut_cache(model: PreTrainedModel) -> bool:
 
     Some models have no cache, keep some of it elsewhere, or read everything again on top of it.
     """
+    return in_a_thread(try_cut, model)
+
+
+def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
+    """What a model computes in a thread that ends.
+
+    One that has computed keeps its OpenMP threads as long as it lives, and those of the model's
+    thread would have to share the cores with them.
+    """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(try_cut, model).result()
+        return thread.submit(compute, *arguments).result()
 
 
 def keep_rows(
