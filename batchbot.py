@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.serve import Application
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -33,14 +32,15 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
 
     The streamers of transformers take one row. Pass this one to `generate` both as `streamer` and
     in `stopping_criteria`: it stops `generate` as soon as one row has ended, so that the bot can
-    call it again without that row. Reading `steps` gives, each time, all steps since the last.
+    call it again without that row.
     """
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows  # that `generate` is running now
         # For each step, one list: for each row, the text that it completed, and the end or None.
+        # The model's thread puts them; the event loop reads them, and then the end or an error.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # `generate` was told to stop; on some devices it takes one more step
+        self.stopped = False  # as `generate` was told; some devices do a step more, and drop it
         self.kept: list[int] = []  # indices of the rows that continue after that
         self.cancelled = False
 
@@ -48,7 +48,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     # when it has stopped (transformers 5.23)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Give each row its new token, and say whether to stop, shape (rows,)."""
+        """Give each row its token, which it decodes, and say whether to stop, shape (rows,)."""
         if not self.stopped:
             for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
                 row.add(token)  # sets row.end: at an end token, its limit, a stop string, an error
@@ -68,15 +68,15 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         if not self.kept:
             self.steps.end()
 
-    # Called by ModelThread: it runs nothing that is `done`, and lets an exception `fail` the stream
+    # Called by ModelThread. If it is `done`, generate_text is not called, but `end` at once. What
+    # generate_text raises is passed to `fail`. If the model hangs: `fail`, then `cancel`.
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads it any more: it was cancelled, or all clients have left."""
+        """Whether nobody reads it any more."""
         return self.cancelled or all(row.cancelled for row in self.rows)
 
     def fail(self, error: Exception) -> None:
-        """End the stream with an exception, which is raised where it is read."""
         self.steps.end(error)
 
     def cancel(self) -> None:
@@ -114,10 +114,10 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply once its first text is there: until then, a failure is a 500."""
+        """Stream the reply. A failure before its first text is a 500; a later one cuts the body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for its first text; closes it in the end
+        return await TextStream.start(reply)  # closes it in the end, or when the client leaves
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation, which joins a batch as soon as it is read."""
@@ -139,7 +139,7 @@ class Batchbot(Bot):
             row.cancelled = row.end is None  # if so, the row ends at its next token
             self.metrics.waiting.discard(row)
             self.metrics.running.discard(row)
-            self.metrics.record_reply(row.asked, row.token_times)
+            self.metrics.record_reply(row.options.asked, row.token_times)
 
     @serve.batch()  # reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
@@ -148,7 +148,7 @@ class Batchbot(Bot):
         self.metrics.waiting.discard(*rows)
         self.metrics.running.add(*rows)
         try:
-            for part in split_rows(rows, self.context):  # usually one, with all that fit together
+            for part in split_rows(rows, self.context):  # one, if all fit the context when padded
                 streamer = RawStreamer([row for row in part if not row.cancelled])
                 try:
                     self.engine.submit(streamer)
@@ -194,7 +194,7 @@ class Batchbot(Bot):
                 yield [ends.get(row, "") for row in rows]
 
 
-def build(settings: BatchbotSettings) -> Application:
+def build(settings: BatchbotSettings) -> serve.Application:
     """`serve run batchbot:build model=./my-model max_batch_size=16`."""
     return settings.bind(Batchbot)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from fastapi import WebSocket, WebSocketDisconnect
 from ray import serve
-from ray.serve import Application
 
 from streaming_bots.bot import Bot, Reply
 from streaming_bots.chat.connection import ChatConnection
@@ -29,7 +28,9 @@ add_chat_page(api)  # for browsers, at GET /
 class Chatbot(Bot):
     """Keeps one conversation per connection; replies to one prompt at a time, others wait.
 
-    With `max_batch_size`, it replies to the prompts of up to that many connections at once.
+    A text message is a prompt. Its reply comes in text messages, and `<>` in one of its own says
+    that it is complete. Clients that offer the subprotocol chat.v1 speak JSON instead: with options
+    in a prompt, a message that stops replies, and one that says how many others are ahead.
     """
 
     settings: ChatbotSettings
@@ -37,9 +38,10 @@ class Chatbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ChatbotSettings(model=model, **settings))
         self.places = asyncio.Semaphore(MAX_CHATS)
-        if self.settings.max_batch_size is None:
+        # Either engine has one thread; what fails there is raised where the streamer is read.
+        if self.settings.max_batch_size is None:  # one streamer after another, as submitted
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
-        else:
+        else:  # up to that many at once: each joins between two steps, and leaves at its end
             self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
             self.limit_context(self.engine.context, self.engine.context_reason)
 
@@ -49,29 +51,30 @@ class Chatbot(Bot):
         connection = ChatConnection(ws, self, options, self.settings.end_of_response)
         await ws.accept(subprotocol=connection.protocol.subprotocol)
         if self.places.locked():
-            await connection.refuse("too many chats are open")
+            await connection.refuse("too many chats are open")  # closes with 1013, try again later
             return
         # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
-        # `converse`, even in mid-reply. `open` takes the errors, and closes an open socket.
+        # `converse`, even in mid-reply. `open` takes errors, and closes an open socket with a code.
         async with self.places, connection.open(), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.receive(ws, connection))
             await self.converse(connection)
 
     async def receive(self, ws: WebSocket, connection: ChatConnection) -> None:
-        """Queue the client's prompts, and stop replies if it says so, until it disconnects."""
+        """Queue what the client sends, until it disconnects; no reply holds this up."""
         while True:
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)
+            await connection.take(message)  # a stop cancels `prompt.reply`; 100 prompts may wait
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation before each."""
         async for prompt in connection:
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
-            async with connection.answer(prompt):  # closes the reply; sends its end, or the error
-                reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt, reply)  # tells how many are ahead
+            # Closes `prompt.reply`, and sends its end or its error, which closes a plain socket.
+            async with connection.answer(prompt):
+                prompt.reply = reply = await self.start_reply(messages, prompt.options)
+                await connection.wait_for_turn(prompt)  # says how many are ahead, until it begins
                 response = ""
                 async for text in reply:
                     response += text
@@ -80,25 +83,21 @@ class Chatbot(Bot):
                     connection.remember([*messages, {"role": "assistant", "content": response}])
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
-        """Queue a conversation for the model, and return its reply, to be read as it is written.
-
-        If `messages` do not fit the model, `encode` drops the oldest from the list.
-        """
-        input_ids = await self.encode(messages, options)
+        """Queue a conversation for the model, and return its reply, to be read as it is written."""
+        input_ids = await self.encode(messages, options)  # drops the oldest of `messages` to fit
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
-        self.engine.submit(streamer, input_ids, options)
+        self.engine.submit(streamer)
         return Reply(streamer, self.consume_streamer(streamer))
 
-    def generate_text(
-        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
-    ) -> None:
+    def generate_text(self, streamer: ReplyStreamer) -> None:
         """Run the model, in the engine's thread, which also hands the streamer every token."""
+        prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
-            torch.tensor([input_ids], device=self.model.device),
-            attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
-            max_new_tokens=options.max_new_tokens,
-            logits_processor=[SamplingLogitsProcessor([options.sampler(self.model.device)])],
-            streamer=streamer,  # takes tokens, wakes the event loop for every whole character
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=streamer.options.max_new_tokens,
+            logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
+            streamer=streamer,  # decodes each token; call_soon_threadsafe passes whole characters
             stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
         )
 
@@ -106,13 +105,13 @@ class Chatbot(Bot):
         """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
         try:
             async for text in streamer:
-                yield text
+                yield text  # what a slow client does not take yet waits in the streamer
         finally:
-            self.engine.cancel(streamer)  # does nothing after the end
-            self.metrics.record_reply(streamer.asked, streamer.token_times)
+            self.engine.cancel(streamer)  # takes it from the queue, too; nothing after the end
+            self.metrics.record_reply(streamer.options.asked, streamer.token_times)
 
 
-def build(settings: ChatbotSettings) -> Application:
+def build(settings: ChatbotSettings) -> serve.Application:
     """`serve run chatbot:build model=./my-model max_batch_size=32`."""
     return settings.bind(Chatbot)
 

@@ -4,7 +4,6 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
-from ray.serve import Application
 
 from streaming_bots.bot import Bot, Reply
 from streaming_bots.generation.continuous_batch import ContinuousBatch
@@ -29,41 +28,43 @@ class Continuousbot(Bot):
         super().__init__(ContinuousbotSettings(model=model, **settings))
         # The ContinuousBatchingManager of transformers runs the model in its own thread. Each step
         # computes all requests of the batch; between steps, requests leave, or join if there is a
-        # place and room in the KV cache. If a step fails, so do all; Serve replaces the replica.
+        # place and room in the KV cache. If a step fails, so do all replies; Serve replaces it.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to the cache's size
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply once its first text is there: until then, a failure is a 500."""
+        """Stream the reply. A failure before its first text is a 500; a later one cuts the body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for its first text; closes it in the end
+        return await TextStream.start(reply)  # closes it in the end, or when the client leaves
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
-        self.generate_text(input_ids, options, streamer)
-        return Reply(streamer, self.consume_streamer(streamer))
+        self.generate_text(streamer)
+        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows how it ended
 
-    def generate_text(
-        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
-    ) -> None:
-        """Queue a request with the manager, whose callback on the event loop takes each token."""
-        self.engine.submit(streamer, input_ids, options)
+    def generate_text(self, streamer: ReplyStreamer) -> None:
+        """Queue a request with the manager, with its own limit and sampler.
+
+        The manager's callback on the event loop hands the streamer each token, to decode it and to
+        hold back half a character, until the manager has seen an end token or the limit.
+        """
+        self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if it is closed before its end, free its place."""
+        """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
         try:
             async for text in streamer:
-                yield text
+                yield text  # what a slow client does not take yet waits in the streamer
         finally:
-            self.engine.cancel(streamer)  # does nothing after the end
-            self.metrics.record_reply(streamer.asked, streamer.token_times)
+            self.engine.cancel(streamer)  # takes it from the queue, too; nothing after the end
+            self.metrics.record_reply(streamer.options.asked, streamer.token_times)
 
 
-def build(settings: ContinuousbotSettings) -> Application:
+def build(settings: ContinuousbotSettings) -> serve.Application:
     """`serve run continuousbot:build model=./my-model max_batch_size=64`."""
     return settings.bind(Continuousbot)
 

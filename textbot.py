@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.serve import Application
 
 from streaming_bots.bot import Bot, Reply
 from streaming_bots.generation.model_thread import ModelThread
@@ -19,41 +18,41 @@ from streaming_bots.settings import QUEUE_OPTIONS, BotSettings
 api = create_app("Textbot")
 
 
-@serve.deployment(**QUEUE_OPTIONS)
+@serve.deployment(**QUEUE_OPTIONS)  # 100 requests may wait in ModelThread; most others get a 503
 @serve.ingress(api)
 class Textbot(Bot):
     """Streams one reply at a time as plain text; other requests wait their turn in a queue."""
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BotSettings(model=model, **settings))
-        # A single thread calls generate_text for one request after another. What fails there, the
-        # streamer raises where it is read. If the thread hangs or dies, Serve replaces the replica.
+        # A single thread calls generate_text for one streamer after another, in the order of
+        # `submit`. What generate_text raises is raised where its streamer is read, and the thread
+        # takes the next one. If the thread hangs or dies, Serve replaces the replica.
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply once its first text is there: until then, a failure is a 500."""
+        """Stream the reply. A failure before its first text is a 500; a later one cuts the body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for its first text; closes it in the end
+        return await TextStream.start(reply)  # closes it in the end, or when the client leaves
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)
+        input_ids = await self.encode(messages, options)  # in a worker thread; a 413 if too long
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
-        self.engine.submit(streamer, input_ids, options)
-        return Reply(streamer, self.consume_streamer(streamer))
+        self.engine.submit(streamer)
+        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows how it ended
 
-    def generate_text(
-        self, input_ids: list[int], options: ReplyOptions, streamer: ReplyStreamer
-    ) -> None:
+    def generate_text(self, streamer: ReplyStreamer) -> None:
         """Run the model, in the engine's thread, which also hands the streamer every token."""
+        prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
-            torch.tensor([input_ids], device=self.model.device),
-            attention_mask=torch.ones(1, len(input_ids), device=self.model.device),
-            max_new_tokens=options.max_new_tokens,
-            logits_processor=[SamplingLogitsProcessor([options.sampler(self.model.device)])],
-            streamer=streamer,  # takes tokens, wakes the event loop for every whole character
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=streamer.options.max_new_tokens,
+            logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
+            streamer=streamer,  # decodes each token; call_soon_threadsafe passes whole characters
             stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
         )
 
@@ -61,13 +60,13 @@ class Textbot(Bot):
         """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
         try:
             async for text in streamer:
-                yield text
+                yield text  # what a slow client does not take yet waits in the streamer
         finally:
-            self.engine.cancel(streamer)  # does nothing after the end
-            self.metrics.record_reply(streamer.asked, streamer.token_times)
+            self.engine.cancel(streamer)  # takes it from the queue, too; nothing after the end
+            self.metrics.record_reply(streamer.options.asked, streamer.token_times)
 
 
-def build(settings: BotSettings) -> Application:
+def build(settings: BotSettings) -> serve.Application:
     """`serve run textbot:build model=./my-model max_new_tokens=64`."""
     return settings.bind(Textbot)
 

@@ -1,6 +1,7 @@
 """Engines and streamers without a bot, for tests that decide what a run of the model does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from streaming_bots.generation.continuous_batch import ContinuousBatch
+from streaming_bots.generation.engine import Streamer
 from streaming_bots.generation.model_thread import ModelThread
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer
@@ -19,12 +21,28 @@ def reply_options(max_new_tokens: int = 256, stop: Sequence[str] = ()) -> ReplyO
     return ReplyOptions.model_construct(max_new_tokens=max_new_tokens, stop=list(stop))
 
 
-def new_streamer(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> ReplyStreamer:
-    return ReplyStreamer(tokenizer, (), reply_options(stop=stop), ())
+def new_streamer(
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Sequence[str] = (),
+    input_ids: Sequence[int] = (),
+    max_new_tokens: int = 256,
+) -> ReplyStreamer:
+    return ReplyStreamer(tokenizer, input_ids, reply_options(max_new_tokens, stop), ())
 
 
-def call(function: Any, *arguments: Any) -> None:
-    function(*arguments)
+class ScriptedThread(ModelThread):
+    """A model's thread in which each streamer is written by the function submitted with it."""
+
+    def __init__(self, limits: Any, metrics: Any) -> None:
+        self.scripts: dict[Streamer, Callable[[Streamer], None]] = {}
+        super().__init__(torch.nn.Module(), self.play, limits, metrics)
+
+    def submit(self, streamer: Streamer, function: Callable[..., None], *arguments: Any) -> None:
+        self.scripts[streamer] = partial(function, *arguments)
+        super().submit(streamer)
+
+    def play(self, streamer: Streamer) -> None:
+        self.scripts.pop(streamer)(streamer)
 
 
 def settings(stall_timeout_s: float, max_waiting: int | None = None, **others: Any) -> Any:
@@ -43,10 +61,8 @@ def limits_of(prompt_budget: int, max_new_tokens: int, **others: Any) -> Any:
 
 def new_thread(
     stall_timeout_s: float = HANG_S, max_waiting: int | None = None, metrics: Any = None
-) -> ModelThread:
-    """A model's thread; submit a streamer with the function that is to write it."""
-    limits = settings(stall_timeout_s, max_waiting)
-    return ModelThread(torch.nn.Module(), call, limits, metrics)
+) -> ScriptedThread:
+    return ScriptedThread(settings(stall_timeout_s, max_waiting), metrics)
 
 
 def new_batch(

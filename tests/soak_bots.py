@@ -75,9 +75,9 @@ class Soaked:
         """Know the names of requests, and in which phase each is when its client leaves."""
         submit, cancel = self.engine.submit, self.engine.cancel
 
-        def submit_and_note(streamer: ReplyStreamer, *arguments: Any) -> None:
+        def submit_and_note(streamer: ReplyStreamer) -> None:
             self.note(streamer)
-            submit(streamer, *arguments)
+            submit(streamer)
 
         def note_and_cancel(streamer: ReplyStreamer) -> None:
             if streamer in self.names and not streamer.done:
@@ -111,13 +111,13 @@ class Soaked:
         self.count_outcome(outcome)
         self.outcomes[_get_serve_request_context().request_id].append(outcome)
 
-    def generate_text(self, *arguments: Any) -> None:
+    def generate_text(self, streamer: ReplyStreamer) -> None:
         self.generations += 1
         fails = next(self.numbers) % FAIL_EVERY == 0
         self.steps_to_failure = self.random.randint(1, FAIL_WITHIN) if fails else 0
-        self.tell_begun([arguments[-1]])
+        self.tell_begun([streamer])
         time.sleep(PREFILL_S)
-        super().generate_text(*arguments)
+        super().generate_text(streamer)
 
     def before_step(self, *_: Any) -> None:
         self.steps_to_failure -= 1

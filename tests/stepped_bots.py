@@ -19,6 +19,7 @@ from ray.serve import Application
 from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
+from streaming_bots.generation.engine import Streamer
 from streaming_bots.generation.row import Row
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer
@@ -66,8 +67,8 @@ class Stepped:
     def watch_submit(self) -> None:
         self.submit, self.engine.submit = self.engine.submit, self.submit_and_report
 
-    def submit_and_report(self, *arguments: Any) -> None:
-        self.submit(*arguments)
+    def submit_and_report(self, streamer: Streamer) -> None:
+        self.submit(streamer)
         self.report("submitted")
 
     def count_and_report(self, outcome: str) -> None:

@@ -441,7 +441,7 @@ def test_a_client_that_leaves_during_an_earlier_part_costs_the_next_nothing(
     its.model.register_forward_pre_hook(hold, with_kwargs=True)
     callers = [HttpCaller(bot, *each) for each in (("Hey!", 32), ("x" * 58, 4), ("y" * 59, 4))]
     assert begun.wait(HANG_S)  # with the short prompt
-    (row,) = (row for row in its.metrics.running.members if row.prompt_tokens == 60)
+    (row,) = (row for row in its.metrics.running.members if len(row.input_ids) == 60)
     row.cancelled = True  # as Serve would see to it
     callers.pop().leave("close")
     go.set()

@@ -22,7 +22,7 @@ from bot_fixtures import (
     reference,
 )
 from callers import HttpCaller
-from engines import new_batch, new_streamer, reply_options
+from engines import new_batch, new_streamer
 from gates import Gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,10 +140,10 @@ def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_ill(bots: Bo
 def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 2)
-        streamer = new_streamer(loaded.tokenizer)
+        streamer = new_streamer(loaded.tokenizer, (), [1, 2, 3], 8)
         batch.manager.stop(hard_stop=True)
         batch.manager.is_running = lambda: True  # for a moment it is, and takes nothing any more
-        batch.submit(streamer, [1, 2, 3], reply_options(8))
+        batch.submit(streamer)
         with pytest.raises(BatchFailed, match="the model's thread is dead"):
             await asyncio.wait_for(anext(aiter(streamer)), HANG_S)
         with pytest.raises(BatchFailed):
@@ -305,9 +305,9 @@ def test_what_has_a_place_does_not_wait(loaded):
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 4, max_waiting=1)
         for _ in range(4 + 1):
-            batch.submit(new_streamer(loaded.tokenizer), [1, 2, 3], reply_options(8))
+            batch.submit(new_streamer(loaded.tokenizer, (), [1, 2, 3], 8))
         with pytest.raises(TooManyWaiting, match="1 prompts already wait"):
-            batch.submit(new_streamer(loaded.tokenizer), [1, 2, 3], reply_options(8))
+            batch.submit(new_streamer(loaded.tokenizer, (), [1, 2, 3], 8))
         batch.manager.stop(hard_stop=True)
 
     asyncio.run(test())
@@ -380,9 +380,9 @@ def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
         for stop in ([], ["e"]):
-            streamer = new_streamer(loaded.tokenizer, stop)
             ids = encode([{"role": "user", "content": LONG}], loaded.tokenizer, 99)
-            batch.submit(streamer, ids, reply_options(8))
+            streamer = new_streamer(loaded.tokenizer, stop, ids, 8)
+            batch.submit(streamer)
             await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
             assert not batch.running
             await asyncio.sleep(1)  # time for the watchdog to bark
@@ -460,9 +460,9 @@ def test_whoever_comes_and_goes_the_others_get_their_replies(loaded, monkeypatch
 
     async def ask(batch, prompt, tokens, stop, pieces, delay_ms) -> None:
         await asyncio.sleep(delay_ms / 1000)
-        streamer, text = new_streamer(loaded.tokenizer, stop), ""
-        conversation = [{"role": "user", "content": prompt}]
-        batch.submit(streamer, encode(conversation, loaded.tokenizer, 400), reply_options(tokens))
+        ids = encode([{"role": "user", "content": prompt}], loaded.tokenizer, 400)
+        streamer, text = new_streamer(loaded.tokenizer, stop, ids, tokens), ""
+        batch.submit(streamer)
         try:
             async with aclosing(aiter(streamer)) as chunks:
                 while pieces is None or pieces > 0:

@@ -152,12 +152,12 @@ class ChatConnection:
             assert prompt.reply is not None
             await self._end(prompt, prompt.reply.state)
 
-    async def wait_for_turn(self, prompt: Prompt, reply: Reply) -> None:
-        """Say how many replies are ahead, until this one begins. From now on a stop ends it."""
-        prompt.reply = reply
-        if prompt.stopped:
-            self._cancel(reply)
-        async with aclosing(self.bot.engine.line(streamer_of(reply))) as line:
+    async def wait_for_turn(self, prompt: Prompt) -> None:
+        """Say how many replies are ahead of `prompt.reply`, until it begins."""
+        assert prompt.reply is not None
+        if prompt.stopped:  # before there was a reply to cancel
+            self._cancel(prompt.reply)
+        async with aclosing(self.bot.engine.line(streamer_of(prompt.reply))) as line:
             async for ahead in line:
                 await self.send(self.protocol.waiting(ahead))
 

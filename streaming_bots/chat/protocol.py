@@ -148,7 +148,7 @@ class JsonProtocol(ChatProtocol):
             type="done",
             finish_reason=state.finish_reason,
             tokens=state.reply_tokens,
-            seconds=round(time.monotonic() - state.asked, 3),
+            seconds=round(time.monotonic() - state.options.asked, 3),
             messages=messages,
             dropped=spoken - messages,
         )

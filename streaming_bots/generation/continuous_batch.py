@@ -9,7 +9,6 @@ from streaming_bots.errors import BatchFailed
 from streaming_bots.generation.engine import Engine, Streamer, watch_layers
 from streaming_bots.generation.kv_cache import start_manager, tokens_that_fit
 from streaming_bots.generation.padding import batch_context
-from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer, min_interval
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import ContinuousBatchSettings
@@ -53,20 +52,18 @@ class ContinuousBatch(Engine):
         streamer.cancel()
         self._remove(streamer)
 
-    def _start(self, streamer: Streamer, *arguments: object) -> None:
-        """Add a request; `arguments` are the prompt's token ids and the ReplyOptions."""
-        input_ids, options = arguments
-        assert isinstance(streamer, ReplyStreamer) and isinstance(options, ReplyOptions)
+    def _start(self, streamer: Streamer) -> None:
+        assert isinstance(streamer, ReplyStreamer)
         self.added += 1
         request = self.requests[streamer] = str(self.added)
         self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
         # The manager's queue has no limit, so this does not block; Serve limits the requests.
         added = self.manager.add_request(
-            input_ids,
+            streamer.input_ids,
             request,
-            options.max_new_tokens,
+            streamer.options.max_new_tokens,
             streaming=True,
-            sampler=options.sampler(self.model.device),
+            sampler=streamer.options.sampler(self.model.device),
         )
         if added is None:  # it has just begun to end
             self.give_up(BatchFailed("the model's thread is dead"))

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ class Engine(ABC):
             settings.stall_timeout_s, lambda: bool(self.submitted), self.give_up
         )
 
-    def submit(self, streamer: Streamer, *arguments: Any) -> None:
+    def submit(self, streamer: Streamer) -> None:
         """Have a reply written when its turn comes, or at once if there is a free place.
 
         Raises TooManyWaiting, and what has ended the engine.
@@ -65,7 +65,7 @@ class Engine(ABC):
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
         self.watchdog.expect_progress()
         self.submitted[streamer] = None
-        self._start(streamer, *arguments)
+        self._start(streamer)
         self._changed()
 
     async def line(self, streamer: Streamer) -> AsyncGenerator[int]:
@@ -107,7 +107,7 @@ class Engine(ABC):
                 self.cancel(streamer)
 
     @abstractmethod
-    def _start(self, streamer: Streamer, *arguments: Any) -> None:
+    def _start(self, streamer: Streamer) -> None:
         """Have it written, at once or later."""
 
     def _ahead(self, streamer: Streamer) -> int:

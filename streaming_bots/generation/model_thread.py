@@ -20,7 +20,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class ModelThread(Engine):
-    """Calls `generate_text(*arguments, streamer)` in its thread, for one streamer at a time.
+    """Calls `generate_text(streamer)` in its thread, for one streamer at a time.
 
     There is one thread: a second would bring its own OpenMP team and compete for the same cores.
     The thread ends with the replica's process, which must not wait for it, since it may hang.
@@ -36,8 +36,7 @@ class ModelThread(Engine):
         super().__init__(1, settings, metrics)
         self.generate_text = generate_text
         self.loop = asyncio.get_running_loop()
-        self.queue: dict[Streamer, tuple[Any, ...]] = {}  # what has not begun, in order
-        self.jobs: SimpleQueue[tuple[Streamer, tuple[Any, ...]]] = SimpleQueue()  # one at most
+        self.jobs: SimpleQueue[Streamer] = SimpleQueue()  # one at most
         watch_layers(model, self.watchdog.note_progress)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
@@ -45,22 +44,19 @@ class ModelThread(Engine):
     # Called on the event loop
 
     def cancel(self, streamer: Streamer) -> None:
-        waited = self.queue.pop(streamer, None) is not None
-        if waited or not streamer.done:
-            streamer.cancel()
-            if waited:
-                self.submitted.pop(streamer)
-            self._changed()
+        streamer.cancel()
+        if streamer not in self.running:
+            self.submitted.pop(streamer, None)
+        self._changed()
 
-    def _start(self, streamer: Streamer, *arguments: Any) -> None:
-        self.queue[streamer] = arguments
+    def _start(self, streamer: Streamer) -> None:
         self._begin_next()
 
     def _begin_next(self) -> None:
-        if self.queue and not self.running:
-            streamer = next(iter(self.queue))
+        if self.submitted and not self.running:
+            streamer = next(iter(self.submitted))
             self.running.add(streamer)
-            self.jobs.put((streamer, self.queue.pop(streamer)))
+            self.jobs.put(streamer)
 
     def _ended(self, streamer: Streamer) -> None:
         self.error = None  # if it had stalled, it was only slow
@@ -73,13 +69,13 @@ class ModelThread(Engine):
 
     def _run(self) -> None:
         while True:
-            streamer, arguments = self.jobs.get()
+            streamer = self.jobs.get()
             self.watchdog.note_progress()
             try:
                 if streamer.done:  # its readers have just left
                     streamer.end()
                 else:
-                    self.generate_text(*arguments, streamer)
+                    self.generate_text(streamer)
             except Exception as error:
                 if streamer.done:
                     logger.exception("The model failed for a reply that nobody reads any more")

@@ -1,6 +1,7 @@
 """What is known of one reply while the model writes it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,22 +9,20 @@ from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.text_decoder import TextDecoder
 
 
+@dataclass(eq=False, repr=False)
 class ReplyState:
-    """One reply: the length of its prompt, its tokens so far, and why it ended."""
+    """One reply: its prompt, its tokens so far, and why it ended."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        input_ids: Sequence[int],
-        options: ReplyOptions,
-        end_tokens: Sequence[int],
-    ) -> None:
-        self.decoder = TextDecoder(tokenizer, options.stop)
-        self.prompt_tokens = len(input_ids)
-        self.end_tokens = end_tokens  # of the model, any of which ends a reply
-        self.asked = options.asked  # by time.monotonic
-        self.token_times: list[float] = []  # when the model wrote each token, by time.monotonic
-        self.cancelled = False  # the reader has left or stopped it
+    tokenizer: PreTrainedTokenizerBase
+    input_ids: Sequence[int]  # the prompt's
+    options: ReplyOptions
+    end_tokens: Sequence[int]  # of the model, any of which ends a reply
+    # When the model wrote each token, by time.monotonic
+    token_times: list[float] = field(default_factory=list, init=False)
+    cancelled: bool = field(default=False, init=False)  # the reader has left or stopped it
+
+    def __post_init__(self) -> None:
+        self.decoder = TextDecoder(self.tokenizer, self.options.stop)
 
     @property
     def reply_tokens(self) -> int:

@@ -2,34 +2,27 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from streaming_bots.generation.reply import ReplyState
-from streaming_bots.generation.sampling import ReplyOptions
 
 ALWAYS_ALLOWED = 4096  # tokens of padding that any batch may have, since they are soon computed
 MAX_TOKENS = 32_768  # of all rows together, prompts and replies, whose cache must fit the memory
 
 
+@dataclass(eq=False, repr=False)
 class Row(ReplyState):
     """One prompt of a batch and the state of its reply."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        input_ids: Sequence[int],
-        options: ReplyOptions,
-        end_tokens: Sequence[int],
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(tokenizer, input_ids, options, end_tokens)
-        self.input_ids = input_ids
-        self.max_new_tokens = options.max_new_tokens
-        self.sampler = options.sampler(device)
-        self.text = ""  # that was not taken yet
-        self.end: Exception | type[StopIteration] | None = None  # how it ended, once it has
+    device: torch.device | None = None
+    text: str = ""  # that was not taken yet
+    end: Exception | type[StopIteration] | None = None  # how it ended, once it has
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sampler = self.options.sampler(self.device)
 
     def add(self, token: int) -> None:
         """Take one token, and note whether it ends the reply. Called in the model's thread."""
@@ -38,7 +31,7 @@ class Row(ReplyState):
             self.text += self.decoder.step(token)
             if (
                 token in self.end_tokens
-                or self.reply_tokens >= self.max_new_tokens
+                or self.reply_tokens >= self.options.max_new_tokens
                 or self.decoder.stopped
                 or self.cancelled
             ):
@@ -62,7 +55,7 @@ def split_rows(rows: Sequence[Row], context: int) -> list[list[Row]]:
             parts.append([row])
         else:
             part.append(row)
-    return sorted(parts, key=lambda part: max(row.prompt_tokens for row in part))
+    return sorted(parts, key=lambda part: max(len(row.input_ids) for row in part))
 
 
 def may_run_together(rows: Sequence[Row], context: int) -> bool:
@@ -71,8 +64,8 @@ def may_run_together(rows: Sequence[Row], context: int) -> bool:
     The longest prompt and the longest reply must fit the context together, all rows MAX_TOKENS,
     and the padding must be a fifth of the whole at most, unless it is soon computed.
     """
-    prompts = [row.prompt_tokens for row in rows]
+    prompts = [len(row.input_ids) for row in rows]
     padded = len(rows) * max(prompts)
-    longest = max(prompts) + max(row.max_new_tokens for row in rows)
+    longest = max(prompts) + max(row.options.max_new_tokens for row in rows)
     fits = longest <= context and len(rows) * longest <= MAX_TOKENS
     return fits and padded - sum(prompts) <= max(ALWAYS_ALLOWED, padded // 5)

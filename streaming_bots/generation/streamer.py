@@ -7,16 +7,16 @@ the streamer on the event loop. Nobody polls: a token wakes the loop.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from streaming_bots.generation.reply import ReplyState
-from streaming_bots.generation.sampling import ReplyOptions
 
 # A chunk of a response costs Serve and its proxy 0.8 ms of two cores, more than a token costs a
 # small model. So each further reply that is written at the same time adds this much to the
@@ -91,6 +91,7 @@ class TokenQueue(Generic[Item]):
         return ready
 
 
+@dataclass(eq=False, repr=False)
 class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
     """The text of one reply: `generate` writes it in its thread, `async for` reads it.
 
@@ -100,18 +101,10 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
     (`cancel`), and so does a `stop` string. Must be created on the event loop.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        input_ids: Sequence[int],
-        options: ReplyOptions,
-        end_tokens: Sequence[int],
-    ) -> None:
-        super().__init__(tokenizer, input_ids, options, end_tokens)
-        self.text: TokenQueue[str] = TokenQueue()
-        self.seen_prompt = False
-        self.complete = False  # the model has written all of it
-        self.read_to_end = False
+    text: TokenQueue[str] = field(default_factory=TokenQueue, init=False)
+    seen_prompt: bool = field(default=False, init=False)
+    complete: bool = field(default=False, init=False)  # the model has written all of it
+    read_to_end: bool = field(default=False, init=False)
 
     @property
     def done(self) -> bool:
