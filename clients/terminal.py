@@ -76,10 +76,10 @@ class Notes:
         self.dropped = 0
 
     def tell(self, message: dict[str, Any]) -> None:
-        self.dropped = message.get("dropped", 0)
+        self.dropped = int(message.get("dropped", 0))
         self.ending = " (stopped)" if message.get("finish_reason") == "cancelled" else ""
-        if message.get("ahead") and is_typed():
-            print(f"({message['ahead']} ahead)", file=sys.stderr)
+        if (ahead := int(message.get("ahead", 0))) and is_typed():
+            print(f"({ahead} ahead)", file=sys.stderr)
 
     def print(self) -> None:
         """End the reply's line, and say what the model has forgotten."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 
@@ -62,6 +63,7 @@ class Bot(ABC):
             device="cuda" if settings.num_gpus else "cpu",
         )
         self.model_name = settings.served_model_name or name
+        self.created = int(time.time())
         self.api_key = settings.read_api_key()
         self.metrics = BotMetrics()
         self.drain = Drain()
@@ -88,13 +90,17 @@ class Bot(ABC):
     async def encode(self, messages: list[Message], options: ReplyOptions) -> list[int]:
         """Token ids of a conversation, in a thread, since a long one takes the tokenizer long.
 
-        Drops the oldest exchanges from `messages` if they do not fit. Raises a Refusal.
+        If they do not fit, drops the oldest exchanges from `messages`; with `options.whole`, it
+        drops none, but shortens the reply. Raises a Refusal.
         """
-        budget = self.prompt_budget(options.max_new_tokens)
+        whole = options.whole
+        budget = self.prompt_budget(1 if whole else options.max_new_tokens)
         try:
-            return await asyncio.to_thread(encode, messages, self.tokenizer, budget)
+            ids = await asyncio.to_thread(encode, messages, self.tokenizer, budget, whole)
         except PromptTooLong as error:
-            raise PromptTooLong(f"{error}{self.context_reason}") from None
+            raise type(error)(f"{error}{self.context_reason}") from None
+        options.max_new_tokens = min(options.max_new_tokens, self.context - len(ids))
+        return ids
 
     @property
     def end_tokens(self) -> list[int]:

@@ -11,14 +11,15 @@ class Refusal(Exception):
 
     status: ClassVar[int]
     close_code: ClassVar[int]  # RFC 6455, 7.4.1, and IANA's registry of WebSocket close codes
-    kind: ClassVar[str | None] = None  # of a 422, whose detail names the parameter
+    kind: ClassVar[str | None] = None  # of a detail that names the parameter
+    parameter: ClassVar[str] = "prompt"
 
     @property
     def detail(self) -> str | list[dict[str, Any]]:
         """What the body of an HTTP response says."""
         if self.kind is None:
             return str(self)
-        return [{"type": self.kind, "loc": ["body", "prompt"], "msg": str(self)}]
+        return [{"type": self.kind, "loc": ["body", self.parameter], "msg": str(self)}]
 
 
 class BadMessage(Refusal):
@@ -29,6 +30,30 @@ class BadMessage(Refusal):
 
 class PromptTooLong(Refusal):
     """A prompt that does not fit the context, even with all earlier exchanges dropped."""
+
+    status, close_code = 413, 1009
+
+
+class ContextExceeded(PromptTooLong):
+    """Messages that do not fit the context, none of which may be dropped."""
+
+    status, kind, parameter = 400, "context_length_exceeded", "messages"
+
+
+class TemplateRefusal(Refusal):
+    """A conversation that the model's chat template does not take."""
+
+    status, close_code = 400, 1007
+
+
+class ModelNotFound(Refusal):
+    """Another model than the one that answers here."""
+
+    status, close_code, kind, parameter = 404, 1008, "model_not_found", "model"
+
+
+class BodyTooLong(Refusal):
+    """A body with more bytes than any prompt that fits can need."""
 
     status, close_code = 413, 1009
 

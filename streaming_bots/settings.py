@@ -19,6 +19,7 @@ from streaming_bots.operations.drain import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
+RETRY_AFTER_S = 10  # what a client is told that comes when too many wait
 
 
 def queue_beside(max_batch_size: int) -> dict[str, int]:
@@ -32,7 +33,7 @@ def queue_beside(max_batch_size: int) -> dict[str, int]:
 # in Serve's proxy for a moment, so the queue has room for as many as a replica takes.
 QUEUE_OPTIONS: dict[str, Any] = {
     **queue_beside(1),
-    "backpressure_config": BackpressureConfig(retry_after_s=10),
+    "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
 }
 
 MAX_CHATS = 500  # open in a replica at once; an idle one costs some memory

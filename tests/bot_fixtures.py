@@ -35,6 +35,7 @@ ALLOWED_ORIGIN = "https://chat.example.org"
 KEY = "correct-horse-battery-staple"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 INGRESS = "haproxy" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else "default"
+V1 = "/v1"  # after the name of a bot that is asked through OpenAI's routes
 HANG_S = 60  # only bounds a hang
 
 
@@ -220,7 +221,9 @@ def served_bots(
         callspec, serves = getattr(item, "callspec", None), item.get_closest_marker("serves")
         names.update(serves.args if serves else [])
         names.update(
-            [callspec.params["served"]] if callspec and "served" in callspec.params else []
+            [callspec.params["served"].removesuffix(V1)]
+            if callspec and "served" in callspec.params
+            else []
         )
     apps = {}
     for name in sorted(names):
@@ -233,7 +236,7 @@ def served_bots(
 @pytest.fixture
 def served(request: pytest.FixtureRequest, served_bots: dict[str, Bot]) -> Bot:
     """One bot on a real Serve, whose model runs freely; a parameter says which."""
-    bot = served_bots[request.param]
+    bot = served_bots[request.param.removesuffix(V1)]
     bot.call("flush")
     bot.gate.open()
     return bot

@@ -18,16 +18,21 @@ REFUSED = (1003, 1007, 1009, 1013)  # WebSocket close codes
 class HttpCaller:
     """Sends a prompt to a Textbot or a Batchbot."""
 
+    path = ""
+
     def __init__(
         self, bot: Bot, prompt: str, limit: int | None = None, headers: dict[str, str] | None = None
     ) -> None:
         url = urlsplit(bot.http)
         self.connection = http.client.HTTPConnection(url.hostname, url.port, timeout=HANG_S)
-        body = {"prompt": prompt} | ({} if limit is None else {"max_new_tokens": limit})
-        self.connection.request("POST", url.path, json.dumps(body), headers or {})
+        body = json.dumps(self.body(prompt, limit))
+        self.connection.request("POST", url.path + self.path, body, headers or {})
         self.socket = self.connection.sock
         self.received = b""
         self.response: http.client.HTTPResponse | None = None
+
+    def body(self, prompt: str, limit: int | None) -> dict[str, Any]:
+        return {"prompt": prompt} | ({} if limit is None else {"max_new_tokens": limit})
 
     @property
     def text(self) -> str:
@@ -37,7 +42,7 @@ class HttpCaller:
         """Wait for some text."""
         self.response = self.connection.getresponse()
         self.received += self.response.read1()
-        assert self.received
+        assert self.text
 
     def outcome(self) -> str:
         """Read to the end of the stream: "finished", "failed", or "refused"."""
@@ -53,6 +58,31 @@ class HttpCaller:
 
     def leave(self, way: str) -> None:
         leave(self.socket, way)
+
+
+class CompletionCaller(HttpCaller):
+    """Sends a prompt to OpenAI's route of any bot, for a stream of events."""
+
+    path = "v1/chat/completions"
+
+    def body(self, prompt: str, limit: int | None) -> dict[str, Any]:
+        messages = [{"role": "user", "content": prompt}]
+        return {"messages": messages, "stream": True, "max_tokens": limit}
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        events = self.received.decode().split("\n\n")
+        return [json.loads(event.removeprefix("data: ")) for event in events if "{" in event]
+
+    @property
+    def text(self) -> str:
+        choices = [choice for event in self.events for choice in event.get("choices", [])]
+        return "".join(choice["delta"].get("content", "") for choice in choices)
+
+    def outcome(self) -> str:
+        outcome = super().outcome()
+        assert self.received.endswith(b"data: [DONE]\n\n") == (outcome == "finished")
+        return outcome
 
 
 class ChatCaller:

@@ -21,7 +21,6 @@ from chatbot import Chatbot
 from continuousbot import Continuousbot
 from streaming_bots.generation.engine import Streamer
 from streaming_bots.generation.row import Row
-from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.generation.text_decoder import TextDecoder
 from streaming_bots.operations import drain
@@ -119,11 +118,9 @@ def failing_tokenizer(original: type) -> type:
 
 
 class SteppedText(Stepped):
-    def submit_and_report(
-        self, streamer: ReplyStreamer, input_ids: list[int], options: ReplyOptions
-    ) -> None:
-        self.spoil(streamer.decoder, input_ids)
-        super().submit_and_report(streamer, input_ids, options)
+    def submit_and_report(self, streamer: ReplyStreamer) -> None:
+        self.spoil(streamer.decoder, streamer.input_ids)
+        super().submit_and_report(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         try:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from itertools import product
+from itertools import count, product
 
 import pytest
 import requests
@@ -408,6 +408,35 @@ def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, m
     manager.stop(hard_stop=True)
     assert max(rows) == 3
     assert replies == [reference(loaded, [prompt], 8) for prompt in PROMPTS]
+
+
+def test_a_long_prompt_gets_its_turn_though_short_ones_keep_coming(loaded, monkeypatch):
+    """In a cache without room for both."""
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+    distinct = count(1)
+
+    async def test() -> None:
+        batch = new_batch(loaded.model, loaded.context, 8, 640)
+
+        async def ask(length: int, tokens: int) -> None:
+            prompt = [next(distinct) % 2500 for _ in range(length)]
+            streamer = new_streamer(loaded.tokenizer, (), prompt, tokens)
+            batch.submit(streamer)
+            await streamer.text.ended.wait()
+
+        async def keep_asking() -> None:
+            while True:
+                await ask(20, 60)
+
+        others = [asyncio.create_task(keep_asking()) for _ in range(12)]
+        while len(batch.running) < 8:
+            await batch.moved.wait()
+        await asyncio.wait_for(ask(400, 2), HANG_S / 2)
+        for other in others:
+            other.cancel()
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
 
 
 def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded):

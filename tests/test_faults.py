@@ -25,13 +25,14 @@ from bot_fixtures import (
     INGRESS,
     KEY,
     MAX_NEW_TOKENS,
+    V1,
     WITH_KEY,
     Bot,
     batches_of,
     reference,
     wait_until,
 )
-from callers import ChatCaller, HttpCaller
+from callers import ChatCaller, CompletionCaller, HttpCaller
 from deployments import deployed
 from products import cases
 from stepped_bots import DECODE_ERROR, ENCODE_ERROR, MAX_CHATS
@@ -48,6 +49,7 @@ SHORT = "Thank you, good night!"
 OUTCOMES = ("finished", "failed", "cancelled", "refused")
 
 BOTS = ("textbot", "chatbot", "batchbot", "continuousbot", "batched_chatbot")
+BY_V1 = ("textbot/v1", "chatbot/v1", "batchbot/v1", "continuousbot/v1")
 # A continuous batch has no queue before its places are taken, and a failure of the model ends it.
 ONE_AT_A_TIME = ("textbot", "chatbot", "batchbot")
 REFUSED_WITHIN_S = 1  # if it takes longer, more requests are sent
@@ -64,13 +66,15 @@ class Subject:
     """A bot under test, and how one talks to it."""
 
     def __init__(self, name: str, bot: Bot) -> None:
-        self.name, self.bot, self.gate = name, bot, bot.gate
-        self.is_chat = name.endswith("chatbot")
-        self.limit = CHAT_MAX_NEW_TOKENS if self.is_chat else MAX_NEW_TOKENS
+        self.name, self.bot, self.gate = name.removesuffix(V1), bot, bot.gate
+        self.is_chat = name.endswith("chatbot")  # and asked over a WebSocket
+        self.limit = CHAT_MAX_NEW_TOKENS if self.name.endswith("chatbot") else MAX_NEW_TOKENS
+        self.caller = ChatCaller if self.is_chat else HttpCaller
+        if name.endswith(V1):
+            self.caller = CompletionCaller
 
     def call(self, prompt: str, limit: int | None = None, **options: dict[str, str]):
-        caller = ChatCaller if self.is_chat else HttpCaller
-        return caller(self.bot, prompt, limit, **options)
+        return self.caller(self.bot, prompt, limit, **options)
 
     def wait_for(self, **expected: int) -> None:
         """Wait until so many requests have had these outcomes, and see that there are no others."""
@@ -100,7 +104,11 @@ def triple(subject: Subject) -> Iterator[Subject]:
 
 @pytest.mark.parametrize(
     ("served", "way"),
-    cases(ONE_AT_A_TIME, WAYS, chosen=lambda bot, way: way == "close"),
+    cases(
+        (*ONE_AT_A_TIME, "textbot/v1", "chatbot/v1"),
+        WAYS,
+        chosen=lambda bot, way: way == "close" and V1 not in bot,
+    ),
     indirect=["served"],
 )
 def test_a_client_that_leaves_the_queue_never_starts_the_model(subject, loaded, way):
@@ -152,6 +160,8 @@ def differs_in_code(bot: str, moment: str, way: str) -> bool:
     """Moments: how a response begins and ends. Ways: what a WebSocket makes of them."""
     if bot == "chatbot" and moment == "in mid-reply":
         return True
+    if bot.endswith(V1):
+        return way == "close" and bot == "textbot/v1" and moment != "at the last token"
     if bot == "batched_chatbot":
         return way == "close" and moment != "at the last token"
     begins = bot == "continuousbot" and moment == "before the first token"
@@ -160,7 +170,7 @@ def differs_in_code(bot: str, moment: str, way: str) -> bool:
 
 @pytest.mark.parametrize(
     ("served", "moment", "way"),
-    cases(BOTS, MOMENTS, WAYS, chosen=differs_in_code),
+    cases(BOTS + BY_V1, MOMENTS, WAYS, chosen=differs_in_code),
     indirect=["served"],
 )
 def test_a_client_that_leaves_stops_the_model_within_one_token(subject, loaded, moment, way):
@@ -200,7 +210,11 @@ def overlooked(subject: Subject, requests: int, leaving: int = 1) -> bool:
 
 @pytest.mark.parametrize(
     ("served", "step"),
-    cases(ONE_AT_A_TIME, (1, 4), chosen=lambda bot, step: bot == "textbot" or step == 4),
+    cases(
+        (*ONE_AT_A_TIME, "textbot/v1", "chatbot/v1", "batchbot/v1"),
+        (1, 4),
+        chosen=lambda bot, step: bot in ("textbot", "textbot/v1") or (step == 4 and V1 not in bot),
+    ),
     indirect=["served"],
 )
 def test_an_exception_of_the_model_fails_its_request_alone(subject, loaded, step):
@@ -209,6 +223,8 @@ def test_an_exception_of_the_model_fails_its_request_alone(subject, loaded, step
     assert caller.outcome() == "failed"
     if step > 1:
         assert caller.text == reference(loaded, [LONG], step - 1)
+    if isinstance(caller, CompletionCaller):
+        assert caller.events[-1]["error"]["message"] == "the reply failed: RuntimeError"
     following = subject.call(SHORT, 2)
     assert following.outcome() == "finished"
     assert following.text == reference(loaded, [SHORT], 2)
@@ -219,7 +235,7 @@ def test_an_exception_of_the_model_fails_its_request_alone(subject, loaded, step
     ("served", "prompt"),
     # Before the first byte, and in a row of a batch that others are in.
     cases(
-        BOTS,
+        BOTS + BY_V1,
         (ENCODE_ERROR, DECODE_ERROR),
         chosen=lambda bot, prompt: (
             (bot, prompt)
@@ -256,7 +272,11 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(subject, loaded):
 
 @pytest.mark.parametrize(
     ("served", "tokens"),
-    cases(HTTP_BOTS, (0, 3), chosen=lambda bot, tokens: bot == "textbot" or tokens == 3),
+    cases(
+        (*HTTP_BOTS, "textbot/v1"),
+        (0, 3),
+        chosen=lambda bot, tokens: V1 not in bot and (bot == "textbot" or tokens == 3),
+    ),
     indirect=["served"],
 )
 def test_the_request_timeout_of_serve_stops_the_model(subject, tokens):
@@ -315,7 +335,9 @@ def test_a_decode_error_in_one_row_fails_that_row_alone(triple, loaded):
     triple.wait_for(finished=2, failed=1)
 
 
-@pytest.mark.parametrize("served", cases(BOTS, chosen=lambda bot: bot == "textbot"), indirect=True)
+@pytest.mark.parametrize(
+    "served", cases((*BOTS, "textbot/v1"), chosen=lambda bot: bot == "textbot"), indirect=True
+)
 def test_a_replica_that_is_killed_fails_what_it_was_doing_and_is_replaced(subject, loaded):
     process = subject.bot.call("process")
     subject.gate.hold_after(3)
@@ -473,7 +495,7 @@ def test_chats_over_the_limit_are_told_to_try_again_later(subject):
 
 
 @pytest.mark.parametrize(
-    "served", cases(HTTP_BOTS, chosen=lambda bot: bot == "textbot"), indirect=True
+    "served", cases((*HTTP_BOTS, "textbot/v1"), chosen=lambda bot: bot == "textbot"), indirect=True
 )
 def test_requests_over_the_limit_of_serve_are_503_with_retry_after(subject):
     subject.gate.hold_after(0)

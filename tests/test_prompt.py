@@ -87,6 +87,18 @@ def test_a_long_conversation_costs_few_tokenizations_and_a_refusal_one(tokenizer
     assert len(tokenize([*turns[-len(conversation) - 1 :], user("the last")], tokenizer)) > 300
 
 
+def test_text_that_costs_no_token_is_dropped_with_its_exchange(tokenizer):
+    """Many a chat template trims prompts."""
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content | trim }}{% endfor %}"
+    turns = [user("Be kind") | {"role": "system"}]
+    for _ in range(5):
+        turns += [user("a" + " " * 3000), assistant("b")]
+    turns.append(user("the last"))
+    kept = [turns[0], *turns[-5:]]  # 6,400 bytes are allowed for 100 tokens
+    encode(turns, tokenizer, 100)
+    assert turns == kept
+
+
 def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(tokenizer):
     tokenizer.eos_token = None
     tokenizer.backend_tokenizer.normalizer = Replace("~", "")

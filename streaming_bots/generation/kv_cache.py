@@ -172,13 +172,30 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 
 class RoomScheduler(FIFOScheduler):
-    """Takes requests in again also when others have left.
+    """Takes requests in again also when others have left, and none before its turn.
 
     When the cache is full, the manager takes requests out of the batch, and nobody in until a reply
-    has come to its end. If all that run are cancelled first, that never happens.
+    has come to its end. If all that run are cancelled first, that never happens. And it passes over
+    a request that does not fit: a long prompt would wait as long as short ones come.
     """
 
     name = "room"
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        candidates: list[RequestState] = super()._get_waiting_candidates()
+        if candidates and not self._fits(candidates[0]):
+            self.cache.evict_cached_blocks()  # of replies that have ended
+            self.cache.pool.try_to_free_sectors()
+            if not self._fits(candidates[0]):
+                return candidates[:1]  # those behind it wait, too
+        return candidates
+
+    def _fits(self, state: RequestState) -> bool:
+        """Whether the cache has room for what one step reads of a prompt."""
+        step = self.max_requests_per_batch + PROMPT_TOKENS_PER_STEP
+        tokens = min(len(state.remaining_prefill_tokens), step)
+        fits: bool = self.cache.can_store_request_tokens(state, tokens, dry_run=True)
+        return fits
 
     def clear_cancelled_requests(self) -> list[RequestState]:
         active = len(self.active_requests)

@@ -6,10 +6,18 @@ one gets. Here every request has its own generator: the same `seed` draws the sa
 
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+)
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 
@@ -73,6 +81,17 @@ MIN_TEMPERATURE = 1e-6  # below, float32 would divide by zero, and the most like
 StopString = Annotated[str, Field(min_length=1, max_length=100)]
 
 
+def refuse_boolean(value: object) -> object:
+    """Raise ValueError for what Pydantic would take for 0 or 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(refuse_boolean)]
+Real = Annotated[float, BeforeValidator(refuse_boolean)]
+
+
 class ReplyOptions(BaseModel):
     """Greedy, unless one of the options asks for sampling.
 
@@ -80,28 +99,29 @@ class ReplyOptions(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+    whole: ClassVar[bool] = False  # nothing of a conversation may be dropped to make it fit
 
-    max_new_tokens: int = Field(
+    max_new_tokens: Integer = Field(
         description="The most tokens of the reply: at most the bot's own limit, the default.",
         json_schema_extra={"minimum": 1},
     )
-    temperature: float | None = Field(
+    temperature: Real | None = Field(
         default=None,
         ge=0,
         le=2,
         description="Divides the logits: the higher, the less likely the tokens that are drawn. 0 "
         "takes the most likely token, as does a request without any of these options.",
     )
-    top_p: float | None = Field(
+    top_p: Real | None = Field(
         default=None,
         gt=0,
         le=1,
         description="Draw from the fewest tokens whose probabilities add up to this.",
     )
-    top_k: int | None = Field(
+    top_k: Integer | None = Field(
         default=None, ge=0, description="Draw from this many of the most likely tokens; 0 is all."
     )
-    seed: int | None = Field(
+    seed: Integer | None = Field(
         default=None, ge=0, lt=2**63, description="The same seed draws the same reply again."
     )
     stop: list[StopString] = Field(
@@ -116,13 +136,6 @@ class ReplyOptions(BaseModel):
     def asked(self) -> float:
         """When the request arrived, by time.monotonic."""
         return self._asked
-
-    @field_validator("max_new_tokens", "temperature", "top_p", "top_k", "seed", mode="before")
-    @classmethod
-    def _refuse_booleans(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("a number is needed")
-        return value
 
     @field_validator("max_new_tokens")
     @classmethod

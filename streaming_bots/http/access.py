@@ -52,8 +52,8 @@ def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
         app,
         allow_origins=bot.settings.allowed_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
-        expose_headers=["X-Model"],
+        allow_headers=["*"],  # SDKs send some of their own; check_head refuses what it must
+        expose_headers=["X-Model", "Retry-After"],
     )
     origins = bot.settings.allowed_origins
     app = CheckMiddleware(app, lambda scope: check_origin(scope, origins))

@@ -10,29 +10,36 @@ from starlette.middleware import Middleware
 from streaming_bots.errors import BodyTimeout, Refusal
 from streaming_bots.http.access import AccessMiddleware
 from streaming_bots.http.middleware import BotMiddleware, OutcomeMiddleware
+from streaming_bots.http.openai.errors import OpenAIErrorMiddleware
+from streaming_bots.http.openai.routes import router
+from streaming_bots.settings import RETRY_AFTER_S
 
 
 def create_app(title: str) -> FastAPI:
-    """An app whose routes a bot adds, for `serve.ingress`."""
+    """An app with OpenAI's routes, for `serve.ingress`; a bot adds its own."""
     handlers: dict[Any, Any] = {
         Refusal: answer_refusal,
         WebSocketRequestValidationError: refuse_handshake,
     }
-    return FastAPI(
+    api = FastAPI(
         title=title,
         middleware=[
             Middleware(OutcomeMiddleware),
+            Middleware(OpenAIErrorMiddleware),
             Middleware(AccessMiddleware),
             Middleware(BotMiddleware),
         ],
         exception_handlers=handlers,
     )
+    api.include_router(router)
+    return api
 
 
 async def answer_refusal(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refusal)
-    # The rest of a body that did not arrive in time would be taken for the next request.
-    headers = {"Connection": "close"} if isinstance(error, BodyTimeout) else None
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
+    if isinstance(error, BodyTimeout):  # the rest of the body would be taken for a request
+        headers["Connection"] = "close"
     return JSONResponse({"detail": error.detail}, error.status, headers)
 
 

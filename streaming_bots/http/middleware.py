@@ -38,7 +38,7 @@ class OutcomeMiddleware:
         outcome = "cancelled"  # unless the response is complete, or fails
         try:
             await self.app(scope, receive, send_watched)
-            if 300 <= status < 500:
+            if status >= 300:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"

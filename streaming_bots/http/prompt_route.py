@@ -16,7 +16,8 @@ def _property(schema: dict[str, Any]) -> dict[str, Any]:
     return {key: schema[key] for key in schema.keys() - {"anyOf", "default", "title"}} | given
 
 
-def _described(description: str, media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+def described(description: str, media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A body or response in OpenAPI."""
     return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
@@ -25,7 +26,7 @@ def _detailed(detail: dict[str, Any]) -> dict[str, Any]:
 
 
 def _error(description: str, detail: dict[str, Any]) -> dict[str, Any]:
-    return _described(description, "application/json", _detailed(detail))
+    return described(description, "application/json", _detailed(detail))
 
 
 TEXT = {"type": "string"}
@@ -51,7 +52,7 @@ PROMPT_ROUTE: dict[str, Any] = {
         "parameters": [
             {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS.items()
         ],
-        "requestBody": _described(
+        "requestBody": described(
             "The same parameters, for what is long or private; they go before those of the query",
             "application/json",
             {"type": "object", "properties": PARAMETERS, "additionalProperties": False},
@@ -71,6 +72,6 @@ PROMPT_ROUTE: dict[str, Any] = {
         413: _error("The prompt or the body is too long", TEXT),
         422: _error("A parameter is missing or wrong", PROBLEMS),
         500: _error("The reply failed before its first text", TEXT),
-        503: _described("Too many requests wait already", "text/plain", TEXT),
+        503: described("Too many requests wait already", "text/plain", TEXT),
     },
 }

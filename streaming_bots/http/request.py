@@ -12,7 +12,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
 from streaming_bots.bot import current_bot
-from streaming_bots.errors import BodyTimeout, PromptTooLong
+from streaming_bots.errors import BodyTimeout, BodyTooLong
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.prompt import bytes_allowed
 
@@ -52,25 +52,27 @@ def query_fields(query: QueryParams) -> dict[str, Any]:
     return fields
 
 
-def check_structure(text: str) -> None:
+def check_structure(text: str, allowed: int) -> None:
     """Raise ValueError for JSON with more values than a request can need, before it is parsed."""
     outside, end = 0, 0
     for string in STRING.finditer(text):
         outside += 1 + string.start() - end
         end = string.end()
-        if outside > MAX_BYTES_OUTSIDE_STRINGS:
+        if outside > allowed:
             break
-    if outside + len(text) - end > MAX_BYTES_OUTSIDE_STRINGS:
-        raise ValueError(f"has more than {MAX_BYTES_OUTSIDE_STRINGS} bytes outside of strings")
+    if outside + len(text) - end > allowed:
+        raise ValueError(f"has more than {allowed} bytes outside of strings")
 
 
-def parse_object(data: str | bytes) -> dict[str, Any]:
+def parse_object(
+    data: str | bytes, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS
+) -> dict[str, Any]:
     """A JSON object. Raises ValueError with what is wrong, as "is not a JSON object"."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("is not a JSON object, which is UTF-8") from None
-    check_structure(text)
+    check_structure(text, outside_strings)
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
@@ -84,24 +86,24 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
     return fields
 
 
-def json_allowed(tokens: int) -> int:
+def json_allowed(tokens: int, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> int:
     """The most bytes that JSON with a prompt of so many tokens can need."""
-    return ESCAPED * bytes_allowed(tokens) + MAX_BYTES_OUTSIDE_STRINGS
+    return ESCAPED * bytes_allowed(tokens) + outside_strings
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> bytes:
     """The body of a request.
 
-    Raises PromptTooLong if no prompt that fits can need so much, and BodyTimeout.
+    Raises BodyTooLong if no prompt that fits can need so much, and BodyTimeout.
     """
-    allowed = json_allowed(current_bot().max_prompt_tokens)
+    allowed = json_allowed(current_bot().max_prompt_tokens, outside_strings)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > allowed:
-                    raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
+                    raise BodyTooLong(f"the body has more than the {allowed} bytes allowed")
     except TimeoutError:
         raise BodyTimeout(f"the body was not there after {BODY_TIMEOUT_S:.0f} s") from None
     return bytes(body)
@@ -119,12 +121,18 @@ async def read_request(request: Request) -> TextRequest:
         try:
             given |= parse_object(body)
         except ValueError as error:
-            problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
-            raise RequestValidationError([problem]) from None
+            raise not_json(error) from None
     try:
         return _validate(TextRequest, given)
     except ValidationError as error:
         raise RequestValidationError(describe_problems(error, place)) from None
+
+
+def not_json(error: ValueError) -> RequestValidationError:
+    """What parse_object has found wrong with a body."""
+    return RequestValidationError(
+        [{"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}]
+    )
 
 
 async def read_options(connection: HTTPConnection) -> ReplyOptions:

@@ -1,6 +1,6 @@
 """The response that streams a reply as text."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -28,9 +28,9 @@ class TextStream(StreamingResponse):
         super().__init__(body())
 
     @classmethod
-    async def start(cls, reply: Reply) -> "TextStream":
+    async def start(cls, reply: Reply | AsyncGenerator[str]) -> "TextStream":
         """Wait for the first text: a failure before it can still become a status code."""
-        chunks = aiter(reply)
+        chunks = reply.chunks if isinstance(reply, Reply) else reply
         return cls(await anext(chunks, ""), chunks)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,3 +38,12 @@ class TextStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self.chunks.aclose()
+
+
+class EventStream(TextStream):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        super().init_headers({"Cache-Control": "no-cache"})

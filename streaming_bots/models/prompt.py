@@ -2,9 +2,16 @@
 
 from bisect import bisect_left
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from streaming_bots.errors import NoToken, PromptTooLong, UnknownToken
+from streaming_bots.errors import (
+    ContextExceeded,
+    NoToken,
+    PromptTooLong,
+    TemplateRefusal,
+    UnknownToken,
+)
 
 # In the form of chat templates: {"role": "system" | "user" | "assistant", "content": text}.
 # A conversation is a list of them: perhaps a system prompt, then prompts and replies in turn.
@@ -22,18 +29,28 @@ def new_conversation(system_prompt: str | None) -> list[Message]:
 
 
 def encode(
-    conversation: list[Message], tokenizer: PreTrainedTokenizerBase, prompt_budget: int
+    conversation: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_budget: int,
+    whole: bool = False,
 ) -> list[int]:
     """Token ids of a conversation, ready for the reply: at most `prompt_budget` of them.
 
     Drops the oldest exchanges (a prompt and its reply) from `conversation`, no more than
-    necessary; the system prompt stays. A dropped exchange would never fit again.
-    Raises PromptTooLong if the last prompt does not fit alone, NoToken if nothing is left to read,
-    and UnknownToken for a token at or above the tokenizer's `model_vocab_size`, which load_model
-    and check_model set.
+    necessary; the system prompt stays. A dropped exchange would never fit again. A `whole`
+    conversation loses nothing: if it does not fit, this raises ContextExceeded.
+    Raises PromptTooLong if the last prompt does not fit alone, TemplateRefusal, NoToken if nothing
+    is left to read, and UnknownToken for a token at or above the tokenizer's `model_vocab_size`,
+    which load_model and check_model set.
     """
+    if whole:
+        return check_tokens(encode_whole(conversation, tokenizer, prompt_budget), tokenizer)
     check_size(conversation[-1]["content"], prompt_budget)
     first = 1 if conversation[0]["role"] == "system" else 0
+    # Text of which the tokenizer leaves little would be kept, and read again, for ever.
+    sizes = byte_sizes(conversation[first:])
+    while sum(sizes) > bytes_allowed(prompt_budget):
+        del sizes[:2], conversation[first : first + 2]
     exchanges = (len(conversation) - first) // 2
 
     def without(dropped: int) -> list[int]:
@@ -49,6 +66,24 @@ def encode(
         )
         ids = without(1 + fits)
         del conversation[first : first + 2 * (1 + fits)]
+    return check_tokens(ids, tokenizer)
+
+
+def encode_whole(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt_budget: int
+) -> list[int]:
+    """Token ids of all messages. Raises ContextExceeded, in words that clients look for."""
+    limit = f"this model's maximum context length is {prompt_budget} tokens of messages"
+    if (size := sum(byte_sizes(messages))) > bytes_allowed(prompt_budget):
+        raise ContextExceeded(f"{limit}, which have {size} bytes")
+    ids = tokenize(messages, tokenizer)
+    if len(ids) > prompt_budget:
+        raise ContextExceeded(f"{limit}, which have {len(ids)}")
+    return ids
+
+
+def check_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return `ids`. Raises NoToken or UnknownToken if the model cannot read them."""
     if not ids:
         raise NoToken("the prompt has no token: the model's tokenizer leaves nothing of it")
     # One such token would fail the model, and with it all replies of a batch.
@@ -66,6 +101,10 @@ def check_size(prompt: str, prompt_budget: int) -> None:
         raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
 
 
+def byte_sizes(messages: list[Message]) -> list[int]:
+    return [len(message["content"].encode()) for message in messages]
+
+
 def bytes_allowed(tokens: int) -> int:
     """The most bytes of UTF-8 that are worth tokenizing for so many tokens."""
     return min(tokens * MAX_BYTES_PER_TOKEN, MAX_BYTES)
@@ -78,12 +117,15 @@ def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) ->
     (https://huggingface.co/microsoft/DialoGPT-small).
     """
     if tokenizer.chat_template is not None:
-        encoded = tokenizer.apply_chat_template(
-            conversation,
-            add_generation_prompt=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},  # PromptTooLong says what is too long
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=True,
+                return_dict=True,
+                tokenizer_kwargs={"verbose": False},  # PromptTooLong says what is too long
+            )
+        except TemplateError as error:
+            raise TemplateRefusal(f"the model's chat template refuses it: {error}") from None
     else:
         eos = tokenizer.eos_token or ""
         text = "".join(message["content"] + eos for message in conversation)

@@ -1,0 +1,133 @@
+"""What a client of `/v1/chat/completions` asks for."""
+
+import logging
+from typing import Annotated, ClassVar, Literal
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from streaming_bots.bot import current_bot
+from streaming_bots.generation.sampling import Integer, Real, ReplyOptions
+from streaming_bots.http.request import (
+    MAX_NAME,
+    MAX_PROBLEMS,
+    describe_problems,
+    not_json,
+    parse_object,
+    read_body,
+)
+from streaming_bots.models.prompt import Message
+
+logger = logging.getLogger("ray.serve")
+
+MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or the schemas of tools
+
+
+# What other servers allow, in terms of ours: a `top_p` of 0 keeps the most likely token alone, a
+# `top_k` of -1 keeps all, and a seed may be negative.
+TopP = Annotated[Real, Field(ge=0, le=1), AfterValidator(lambda p: max(p, 1e-6))]
+TopK = Annotated[Integer, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
+Seed = Annotated[Integer, AfterValidator(lambda seed: seed % 2**63)]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str = Field(default="", description="Text, or a list of parts of type text.")
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, content: object) -> object:
+        if not isinstance(content, list):
+            return content or ""  # null beside the call of a tool
+        texts = [part["text"] for part in content if _is_text(part)]
+        if len(texts) < len(content):
+            raise ValueError("only parts of type text are possible")
+        return "\n".join(texts)
+
+
+def _is_text(part: object) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = False
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"]
+
+
+class CompletionRequest(ReplyOptions):
+    """A conversation, how its reply is written, and how it is sent.
+
+    A parameter that is not here is ignored, unless a client would miss what it asks for: then it is
+    here with the only value that is possible.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+    whole: ClassVar[bool] = True
+
+    model: str | None = Field(default=None, description="The id in /v1/models, or its last part.")
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    max_tokens: Integer | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: Annotated[Integer, Field(ge=1, le=1)] = 1
+    logprobs: Literal[False] = False
+    modalities: list[Literal["text"]] | None = None
+    response_format: TextFormat | None = None
+    tool_choice: Literal["none", "auto"] = "auto"
+    function_call: Literal["none", "auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _limit_reply(self) -> "CompletionRequest":
+        asked = (self.max_new_tokens, self.max_tokens, self.max_completion_tokens)
+        self.max_new_tokens = min(limit for limit in asked if limit is not None)
+        return self
+
+    def conversation(self, beginning: list[Message]) -> list[Message]:
+        """The messages, after this beginning unless they bring a system prompt."""
+        messages = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": message.content,
+            }
+            for message in self.messages
+        ]
+        if any(message["role"] == "system" for message in messages):
+            return messages
+        return [*beginning, *messages]
+
+
+async def read_completion_request(request: Request) -> CompletionRequest:
+    """The body of a request. Raises RequestValidationError, which names the parameter."""
+    body = await read_body(request, MAX_BYTES_OUTSIDE_STRINGS)
+    try:
+        fields = parse_object(body, MAX_BYTES_OUTSIDE_STRINGS)
+    except ValueError as error:
+        raise not_json(error) from None
+    given = {name: value for name, value in fields.items() if value is not None}
+    limit = current_bot().max_new_tokens
+    if ignored := sorted(given.keys() - CompletionRequest.model_fields.keys()):
+        logger.debug(f"ignored: {[name[:MAX_NAME] for name in ignored[:MAX_PROBLEMS]]}")
+    try:
+        return CompletionRequest.model_validate(
+            given | {"max_new_tokens": limit}, context={"limit": limit}
+        )
+    except ValidationError as error:
+        raise RequestValidationError(describe_problems(error, "body")) from None
