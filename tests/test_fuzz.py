@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 import schemathesis
-from bot_fixtures import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, http_reply, reference
+from bot_fixtures import CHAT_MAX_NEW_TOKENS, HANG_S, Bot, Bots, reference
+from callers import CompletionCaller
 from engines import limits_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -42,13 +43,25 @@ MAX_FRAME_BYTES = 2**24  # uvicorn's limit
 fuzz = settings(deadline=None, derandomize=True, max_examples=60)
 
 
-@pytest.mark.parametrize("name", ["textbot", "batchbot", "continuousbot"])
-def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, name):
+COMPLETIONS = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("textbot", "/"),
+        ("batchbot", "/"),
+        ("continuousbot", "/"),
+        ("textbot", COMPLETIONS),
+        ("chatbot", COMPLETIONS),
+    ],
+)
+def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, name, path):
     bot = getattr(bots, name)
     bot.gate.open()
     description = requests.get(f"{bot.http}openapi.json", timeout=HANG_S).text
     short = description.replace('"minimum":1', '"minimum":1,"maximum":5')
-    operation = schemathesis.openapi.from_dict(json.loads(short))["/"]["POST"]
+    operation = schemathesis.openapi.from_dict(json.loads(short))[path]["POST"]
     valid, invalid = (operation.as_strategy(generation_mode=mode) for mode in GenerationMode)
 
     @fuzz
@@ -57,7 +70,9 @@ def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, na
         case.call_and_validate(base_url=bot.http, checks=CHECKS, timeout=HANG_S)
 
     ask()
-    assert http_reply(bot, "Hello!", 2) == reference(loaded, ["Hello!"], 2)
+    following = CompletionCaller(bot, "Hello!", 2)
+    assert following.outcome() == "finished"
+    assert following.text == reference(loaded, ["Hello!"], 2)
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +128,32 @@ def test_no_parameters_hold_up_others(local_serve, roomy, names):
     assert local_serve.longest_s < 0.1
 
 
-def test_the_openapi_of_the_chatbot_has_no_http_operation(bots: Bots):
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": ""}] * 5000},
+        {"messages": [{"role": "user", "content": ["x"] * 15_000}]},
+        {"messages": [{}] * 15_000},
+        {"messages": [1] * 30_000},
+        {"messages": [{"role": "user", "content": "Hi"}], "stop": [1] * 30_000},
+        {f"{number:x}": 1 for number in range(8_000)},
+        {"messages": [{"role": "user", "content": "Hi"}], "tools": [[]] * 15_000},
+        {"messages": [{"role": "user", "content": "Hi " * MAX_BYTES}]},
+    ],
+    ids=["messages", "parts", "objects", "numbers", "stops", "unknown", "tools", "long"],
+)
+def test_no_conversation_holds_up_others(local_serve, roomy, body):
+    data = json.dumps(body, separators=(",", ":"))
+    local_serve.longest_s = 0.0
+    response = requests.post(f"{roomy.http}{COMPLETIONS[1:]}", data=data, timeout=HANG_S)
+    assert response.status_code in (200, 400, 413)
+    assert len(response.content) < 10_000
+    assert local_serve.longest_s < 0.1
+
+
+def test_the_openapi_of_the_chatbot_has_openais_routes_alone(bots: Bots):
     description = requests.get(f"{bots.chatbot.http}openapi.json", timeout=HANG_S).json()
-    assert description["paths"] == {}
+    assert description["paths"].keys() == {COMPLETIONS, "/v1/models", "/v1/models/{model}"}
 
 
 class Frame(NamedTuple):

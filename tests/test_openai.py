@@ -1,9 +1,7 @@
 """http/openai/: what OpenAI's clients ask for, and what they get. Most runs in this process."""
 
-import asyncio
 import json
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +14,6 @@ from bot_fixtures import (
     EMOJI_PROMPT,
     EMOJI_REPLY,
     HANG_S,
-    KEY,
     MAX_NEW_TOKENS,
     Bot,
     Bots,
@@ -24,9 +21,10 @@ from bot_fixtures import (
     reference,
 )
 from callers import CompletionCaller
-from langchain_openai import ChatOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai_clients import CLIENTS, client_of, complete, text_of, user
 
+from streaming_bots.http import app
 from streaming_bots.http.openai import completion
 from streaming_bots.models.source import BUNDLED
 from textbot import Textbot
@@ -36,30 +34,6 @@ LONG = "Tell me a story about dogs."
 TURNS = ["Hi there!", "Hello! How are you?", "I am tired.", "Then you should sleep.", LONG]
 
 every_bot = pytest.mark.parametrize("name", BOTS)
-
-
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def client_of(bot: Bot, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(
-        **{"base_url": f"{bot.http}v1", "api_key": KEY, "max_retries": 0, "timeout": HANG_S}
-        | options
-    )
-
-
-def complete(bot: Bot, prompt: Any = "Hello!", limit: int = 5, **options: Any) -> ChatCompletion:
-    """The whole reply to a prompt, or to the messages of a conversation."""
-    messages = prompt if isinstance(prompt, list) else [user(prompt)]
-    with client_of(bot) as client:
-        return client.chat.completions.create(
-            **{"model": BUNDLED, "messages": messages, "max_tokens": limit} | options
-        )
-
-
-def text_of(answer: ChatCompletion) -> str:
-    return answer.choices[0].message.content
 
 
 def events_of(bot: Bot, **body: Any) -> list[str]:
@@ -426,6 +400,22 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_again(bots, monkeypat
         bot.gate.wait(outcome, count)
 
 
+def test_an_sdk_comes_again_when_it_was_told_to(bots, loaded, monkeypatch):
+    bot = free(bots, "chatbot")
+    engine = bots.local.replicas["/chatbot"].servable_object.engine
+    monkeypatch.setattr(engine, "max_waiting", 0)
+    monkeypatch.setattr(app, "RETRY_AFTER_S", 1)
+    bot.gate.hold_after(0)
+    waiting = CompletionCaller(bot, "Hello!", 2)
+    bot.gate.wait("step", 1)
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(complete, bot, LONG, client=client_of(bot, max_retries=1))
+        bot.gate.wait("refused", 1)
+        bot.gate.release()
+        assert waiting.outcome() == "finished"
+        assert text_of(asking.result()) == reference(loaded, [LONG], 5)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_failure_before_the_first_text_is_a_500(textbot, stream):
     textbot.gate.fail_at(1)
@@ -498,35 +488,7 @@ def test_the_counts_of_both_routes_are_one(textbot):
     assert textbot.gate.count("refused") == 1
 
 
-def asynchronously(bot: Bot) -> str:
-    async def ask() -> str:
-        async with openai.AsyncOpenAI(base_url=f"{bot.http}v1", api_key=KEY) as client:
-            whole = await client.chat.completions.create(
-                model=BUNDLED, messages=[user(LONG)], max_tokens=5
-            )
-            stream = await client.chat.completions.create(
-                model=BUNDLED, messages=[user(LONG)], max_tokens=5, stream=True
-            )
-            pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
-            assert "".join(pieces) == whole.choices[0].message.content
-            return "".join(pieces)
-
-    return asyncio.run(ask())
-
-
-def by_langchain(bot: Bot) -> str:
-    model = ChatOpenAI(base_url=f"{bot.http}v1", api_key=KEY, model=BUNDLED, max_tokens=5)
-    whole = model.invoke(LONG)
-    assert whole.usage_metadata["output_tokens"] == 5
-    pieces = [chunk.text for chunk in model.stream(LONG)]
-    assert len(pieces) > 2
-    assert "".join(pieces) == whole.text
-    first, second = model.batch([LONG, "Hello!"])
-    assert first.text == whole.text != second.text
-    return whole.text
-
-
 @every_bot
-@pytest.mark.parametrize("ask", [asynchronously, by_langchain])
-def test_clients_that_others_wrote_get_the_reply(bots, loaded, name, ask: Callable[[Bot], str]):
+@pytest.mark.parametrize("ask", CLIENTS)
+def test_clients_that_others_wrote_get_the_reply(bots, loaded, name, ask):
     assert ask(free(bots, name)) == reference(loaded, [LONG], 5)

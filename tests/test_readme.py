@@ -2,18 +2,22 @@
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from bot_fixtures import REPOSITORY
+import yaml
+from bot_fixtures import HANG_S, REPOSITORY
 from huggingface_hub import constants
 from local_serve import LocalServe
+from ray.serve.schema import ServeDeploySchema
 from readme import README, TRANSCRIPTS, check_log, check_transcripts, commands, section
 from serve_command import serve_run
 
-from streaming_bots.settings import BatchbotSettings, ChatbotSettings
+import textbot
+from streaming_bots.settings import BatchbotSettings, ChatbotSettings, ContinuousbotSettings
 
 
 @pytest.fixture
@@ -30,6 +34,23 @@ def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
 def test_the_app_of_a_bot_and_its_clients_print_what_is_shown(local_8000, checkout, name):
     local_8000.run(import_module(name).app, "")
     check_transcripts(name, checkout)
+
+
+def test_the_block_that_uses_openais_sdk_prints_the_reply(local_8000):
+    local_8000.run(textbot.app, "")
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed = subprocess.run([sys.executable, "-c", block], capture_output=True, timeout=HANG_S)
+    assert (
+        printed.stdout.decode() == commands(section("Textbot: one prompt in, text out"))[1].output
+    )
+
+
+def test_the_config_for_clients_in_a_container_is_valid():
+    text = (REPOSITORY / "docs" / "protocol.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(block))
+    arguments = ContinuousbotSettings(**config.applications[0].args)
+    assert "host.docker.internal" in arguments.allowed_hosts
 
 
 @pytest.mark.exhaustive

@@ -56,7 +56,9 @@ router = APIRouter(prefix="/v1", responses=ERRORS)
 
 @router.post(
     "/chat/completions",
+    status_code=200,
     response_class=EventStream,
+    responses={200: described("The reply", "application/json", {"type": "object"})},
     openapi_extra={
         "requestBody": described(
             "", "application/json", inlined(CompletionRequest.model_json_schema())
