@@ -60,7 +60,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     def put(self, value: torch.Tensor) -> None:
         """Hand over each row's new text and end, on a step's tokens, of shape (rows,)."""
         if value.dim() == 1:  # not on the prompts, which come first
-            self.steps.min_interval = min_interval(len(self.rows))
+            self.steps.min_interval = min_interval(len(self.rows))  # several steps per chunk
             self.steps.put([(row, row.take_text(), row.end) for row in self.rows])
 
     def end(self) -> None:
@@ -96,9 +96,9 @@ class Batchbot(Bot):
         # Shorter prompts are padded on the left, since replies are appended on the right.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
-        self.limit_context(padding.batch_context(self.model, self.context))
+        self.limit_context(padding.batch_context(self.model, self.context))  # see there: longrope
         padding.check_padding(self.model)  # raises if padding would change the model's replies
-        self.cuts_cache = padding.can_cut_cache(self.model)  # else all is computed again
+        self.cuts_cache = padding.can_cut_cache(self.model)  # to continue without some rows
         # A single thread calls generate_text for one batch after another.
         self.engine = ModelThread(self.model, self.generate_text, self.settings)
         # Serve would split the requests that arrive during a batch into many small ones. So they
@@ -121,7 +121,7 @@ class Batchbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation, which joins a batch as soon as it is read."""
-        input_ids = await self.encode(messages, options)
+        input_ids = await self.encode(messages, options)  # in a worker thread; a 413 if too long
         row = Row(self.tokenizer, input_ids, options, self.end_tokens, self.model.device)
         return Reply(row, self.stream_row(row))
 
@@ -161,10 +161,9 @@ class Batchbot(Bot):
 
     def generate_text(self, streamer: RawStreamer) -> None:
         """Run the model, in the engine's thread; when a row ends, continue without it."""
-        # The attention mask makes the model ignore the padding.
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device)
+        inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
         while True:
             output = self.model.generate(
                 **inputs,
@@ -176,6 +175,7 @@ class Batchbot(Bot):
             )
             if not streamer.kept:
                 return
+            # Their tokens so far, mask and KV cache; padding stays, as it counts for nothing.
             inputs = padding.keep_rows(inputs, output, streamer.kept, self.cuts_cache)
             streamer.rows = [streamer.rows[index] for index in streamer.kept]
             streamer.stopped = False
@@ -199,4 +199,4 @@ def build(settings: BatchbotSettings) -> serve.Application:
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, for no hub
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline

@@ -1,4 +1,4 @@
-"""A conversation over a WebSocket, kept while it is open. Run it with `serve run chatbot:app`."""
+"""A chat over a WebSocket, remembered until it closes. Run it with `serve run chatbot:app`."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -20,17 +20,16 @@ from streaming_bots.http.request import ConnectionOptions
 from streaming_bots.settings import CHAT_OPTIONS, MAX_CHATS, ChatbotSettings
 
 api = create_app("Chatbot")
-add_chat_page(api)  # for browsers, at GET /
+add_chat_page(api)  # at GET /
 
 
 @serve.deployment(**CHAT_OPTIONS)
 @serve.ingress(api)
 class Chatbot(Bot):
-    """Keeps one conversation per connection; replies to one prompt at a time, others wait.
+    """Keeps one conversation per connection, and answers the prompts of all in turn.
 
-    A text message is a prompt. Its reply comes in text messages, and `<>` in one of its own says
-    that it is complete. Clients that offer the subprotocol chat.v1 speak JSON instead: with options
-    in a prompt, a message that stops replies, and one that says how many others are ahead.
+    A text message is a prompt. Its reply arrives as text messages; a separate `<>` then ends it.
+    With the subprotocol chat.v1, clients speak JSON: set options, stop replies, learn their place.
     """
 
     settings: ChatbotSettings
@@ -38,10 +37,10 @@ class Chatbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ChatbotSettings(model=model, **settings))
         self.places = asyncio.Semaphore(MAX_CHATS)
-        # Either engine has one thread; what fails there is raised where the streamer is read.
-        if self.settings.max_batch_size is None:  # one streamer after another, as submitted
+        # Either engine has one thread; its errors are raised where the streamer is read.
+        if self.settings.max_batch_size is None:  # one reply at a time, in submission order
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
-        else:  # up to that many at once: each joins between two steps, and leaves at its end
+        else:  # a batch that replies join and leave between steps; it runs the model itself
             self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
             self.limit_context(self.engine.context, self.engine.context_reason)
 
@@ -54,60 +53,61 @@ class Chatbot(Bot):
             await connection.refuse("too many chats are open")  # closes with 1013, try again later
             return
         # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
-        # `converse`, even in mid-reply. `open` takes errors, and closes an open socket with a code.
+        # `converse`, even in mid-reply. `open` takes their ExceptionGroup, and closes the socket.
         async with self.places, connection.open(), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.receive(ws, connection))
             await self.converse(connection)
 
     async def receive(self, ws: WebSocket, connection: ChatConnection) -> None:
-        """Queue what the client sends, until it disconnects; no reply holds this up."""
+        """Queue what the client sends, even during a reply, until it disconnects."""
         while True:
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # a stop cancels `prompt.reply`; 100 prompts may wait
+            await connection.take(message)  # queues up to 100 prompts, then closes; heeds a stop
 
     async def converse(self, connection: ChatConnection) -> None:
-        """Reply to one prompt after another; the model sees the conversation before each."""
+        """Reply to one prompt after another; the model sees the conversation so far."""
         async for prompt in connection:
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
-            # Closes `prompt.reply`, and sends its end or its error, which closes a plain socket.
+            # On exit, cancels `prompt.reply` if it has not ended, even one that was never read, and
+            # sends the end or the error; an error closes the socket of a client without JSON.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # says how many are ahead, until it begins
+                await connection.wait_for_turn(prompt)  # tells the client how many are ahead
                 response = ""
-                async for text in reply:
+                async for text in reply:  # after a stop, simply ends
                     response += text
                     await connection.send_text(text)
-                if response or not prompt.stopped:  # a reply that never began is not kept
+                if response or not prompt.stopped:  # forget a prompt stopped before any text
                     connection.remember([*messages, {"role": "assistant", "content": response}])
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # drops the oldest of `messages` to fit
+        input_ids = await self.encode(messages, options)  # deletes the oldest of the list to fit
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model, in the engine's thread, which also hands the streamer every token."""
+        """Run the model, in the engine's thread; it hands the streamer every token."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=streamer.options.max_new_tokens,
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # decodes each token; call_soon_threadsafe passes whole characters
+            streamer=streamer,  # sends whole characters to the event loop, call_soon_threadsafe
             stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
+        """Yield the reply's text as it arrives; if closed early, stop the model."""
         try:
             async for text in streamer:
-                yield text  # what a slow client does not take yet waits in the streamer
+                yield text  # the streamer buffers the rest of the reply for a slow client
         finally:
-            self.engine.cancel(streamer)  # takes it from the queue, too; nothing after the end
+            self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
             self.metrics.record_reply(streamer.options.asked, streamer.token_times)
 
 
@@ -116,4 +116,4 @@ def build(settings: ChatbotSettings) -> serve.Application:
     return settings.bind(Chatbot)
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, for no hub
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline

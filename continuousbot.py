@@ -27,8 +27,8 @@ class Continuousbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
         # The ContinuousBatchingManager of transformers runs the model in its own thread. Each step
-        # computes all requests of the batch; between steps, requests leave, or join if there is a
-        # place and room in the KV cache. If a step fails, so do all replies; Serve replaces it.
+        # computes all requests of the batch; between steps, requests leave, or join if there is room
+        # in it and in the KV cache. A failed step fails all streamers; Serve replaces the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to the cache's size
 
@@ -41,26 +41,26 @@ class Continuousbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)
+        input_ids = await self.encode(messages, options)  # in a worker thread; a 413 if too long
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.generate_text(streamer)
         return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows how it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Queue a request with the manager, with its own limit and sampler.
+        """Queue a request with the manager; a logits processor gives each row its own sampler.
 
-        The manager's callback on the event loop hands the streamer each token, to decode it and to
-        hold back half a character, until the manager has seen an end token or the limit.
+        The manager calls back on the event loop with each token, for the streamer to decode, until
+        it has seen an end token or the request's limit.
         """
         self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
+        """Yield the reply's text as it arrives; if closed early, leave the batch."""
         try:
             async for text in streamer:
-                yield text  # what a slow client does not take yet waits in the streamer
+                yield text  # the streamer buffers the rest of the reply for a slow client
         finally:
-            self.engine.cancel(streamer)  # takes it from the queue, too; nothing after the end
+            self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
             self.metrics.record_reply(streamer.options.asked, streamer.token_times)
 
 
@@ -69,4 +69,4 @@ def build(settings: ContinuousbotSettings) -> serve.Application:
     return settings.bind(Continuousbot)
 
 
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # for no hub
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if offline

@@ -45,24 +45,24 @@ class Textbot(Bot):
         return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows how it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model, in the engine's thread, which also hands the streamer every token."""
+        """Run the model, in the engine's thread; it hands the streamer every token."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=streamer.options.max_new_tokens,
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # decodes each token; call_soon_threadsafe passes whole characters
+            streamer=streamer,  # sends whole characters to the event loop, call_soon_threadsafe
             stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if it is closed before its end, stop the model."""
+        """Yield the reply's text as it arrives; if closed early, stop the model."""
         try:
             async for text in streamer:
-                yield text  # what a slow client does not take yet waits in the streamer
+                yield text  # the streamer buffers the rest of the reply for a slow client
         finally:
-            self.engine.cancel(streamer)  # takes it from the queue, too; nothing after the end
+            self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
             self.metrics.record_reply(streamer.options.asked, streamer.token_times)
 
 
@@ -71,4 +71,4 @@ def build(settings: BotSettings) -> serve.Application:
     return settings.bind(Textbot)
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, for no hub
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline

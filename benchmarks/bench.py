@@ -1,7 +1,7 @@
 """Measures the bots beside their limit and their peers: `python benchmarks/bench.py compare`.
 
-    bench.py load http://localhost:8000/ --streams 16        any of our bots
-    bench.py load http://localhost:8001/v1 --openai NAME     any server that speaks OpenAI's API
+    bench.py load http://localhost:8000/v1 --streams 16       any of our bots
+    bench.py load http://localhost:8001/v1 --model NAME       any server that speaks OpenAI's API
     bench.py compare --model gpt2-shape --cpus 1              a set, interleaved, in one run
     bench.py compare --model llama-1b-shape --gpus 1          the same on a GPU
 
@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any, Self
 
 import psutil
-from load import Reply, bot, closed_loop, mean_length, open_loop, openai, summarize
+from load import Reply, closed_loop, mean_length, open_loop, openai, summarize
 from report import CONTINUOUS, LENGTHS, write_report
 from servers import REPOSITORY, Server, our_bot, peer, stopped
 
@@ -196,7 +196,7 @@ def measure_arrivals(
 
 
 def load(options: argparse.Namespace) -> None:
-    ask = openai(options.url, options.openai) if options.openai else bot(options.url)
+    ask = openai(options.url, options.model)
     done = 0
 
     def count(reply: Reply) -> None:
@@ -220,8 +220,8 @@ def main() -> None:
 
     one = commands.add_parser("load", help="load on a server that runs")
     one.set_defaults(run=load)
-    one.add_argument("url")
-    one.add_argument("--openai", metavar="MODEL", help="it speaks OpenAI's API, for this model")
+    one.add_argument("url", help="up to and with /v1")
+    one.add_argument("--model", help="its name there; a bot needs none")
     one.add_argument("--streams", type=int, default=4, help="clients at once")
     one.add_argument("--requests", type=int, default=4, help="of each client")
     one.add_argument("--tokens", type=int, default=48, help="of each reply")

@@ -40,20 +40,7 @@ class Reply:
 Ask = Callable[[aiohttp.ClientSession, str, int], AsyncIterator[str]]
 
 
-def bot(url: str) -> Ask:
-    """Asks one of our bots, at the URL of its `POST /`."""
-
-    async def ask(session: aiohttp.ClientSession, prompt: str, tokens: int) -> AsyncIterator[str]:
-        body = {"prompt": prompt, "max_new_tokens": tokens}
-        async with session.post(url, json=body) as response:
-            response.raise_for_status()
-            async for chunk in response.content.iter_any():
-                yield chunk.decode(errors="replace")
-
-    return ask
-
-
-def openai(url: str, model: str) -> Ask:
+def openai(url: str, model: str | None = None) -> Ask:
     """Asks a server that speaks OpenAI's chat completions, at the URL up to and with `/v1`."""
 
     async def ask(session: aiohttp.ClientSession, prompt: str, tokens: int) -> AsyncIterator[str]:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from load import Ask, bot, openai
+from load import Ask, openai
 
 REPOSITORY = Path(__file__).parent.parent
 SETTINGS = {
@@ -94,8 +93,6 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
-    except urllib.error.HTTPError as error:
-        return error.code == 405  # it takes POST only
     except OSError:
         return False
 
@@ -107,8 +104,8 @@ def our_bot(name: str, model: Path, arguments: list[str]) -> Server:
     return Server(
         name,
         ["serve", "run", f"{module}:build", f"model={model}", *arguments],
-        bot("http://127.0.0.1:8000/"),
-        "http://127.0.0.1:8000/",
+        openai("http://127.0.0.1:8000/v1", model.name),
+        "http://127.0.0.1:8000/v1/models",
         environment,
     )
 

@@ -11,8 +11,8 @@ import bench
 import in_process
 import psutil
 import pytest
-from bot_fixtures import HANG_S, REPOSITORY, Bots, wait_until
-from load import Reply, bot, closed_loop, mean_length, open_loop, summarize
+from bot_fixtures import HANG_S, REPOSITORY, Bot, Bots, wait_until
+from load import Ask, Reply, closed_loop, mean_length, open_loop, openai, summarize
 from report import write_report
 from servers import SETTINGS, our_bot, stopped
 from transformers import GPT2Config, LlamaConfig
@@ -38,10 +38,14 @@ def test_an_endless_model_writes_as_many_tokens_as_it_may(tmp_path, source, monk
     assert encode(text, loaded.tokenizer, 100)
 
 
+def ask_of(bot: Bot) -> Ask:
+    return openai(f"{bot.http}v1")
+
+
 def test_the_closed_loop_asks_as_often_as_it_is_told_to(bots: Bots):
     bots.continuousbot.gate.open()
     done: list[Reply] = []
-    replies = asyncio.run(closed_loop(bot(bots.continuousbot.http), 3, 2, 4, done.append))
+    replies = asyncio.run(closed_loop(ask_of(bots.continuousbot), 3, 2, 4, done.append))
     assert len(replies) == len(done) == 6
     summary = summarize(replies)
     assert (summary["requests"], summary["failures"]) == (6, 0)
@@ -50,7 +54,7 @@ def test_the_closed_loop_asks_as_often_as_it_is_told_to(bots: Bots):
 
 def test_the_open_loop_comes_at_its_rate_with_mixed_lengths(bots: Bots):
     bots.continuousbot.gate.open()
-    ask = bot(bots.continuousbot.http)
+    ask = ask_of(bots.continuousbot)
     replies = asyncio.run(open_loop(ask, 20, 2, (2, 16), lambda reply: None))
     assert 20 <= len(replies) <= 60
     assert {reply.error for reply in replies} == {None}
@@ -61,14 +65,15 @@ def test_the_open_loop_comes_at_its_rate_with_mixed_lengths(bots: Bots):
 
 def test_a_failure_is_counted_and_not_timed(bots: Bots):
     bots.textbot.gate.fail_at(3)
-    replies = asyncio.run(closed_loop(bot(bots.textbot.http), 1, 1, 8, lambda reply: None))
+    replies = asyncio.run(closed_loop(ask_of(bots.textbot), 1, 1, 8, lambda reply: None))
     assert summarize(replies) == {"requests": 1, "failures": 1}
     assert replies[0].error is not None
 
 
 def test_the_load_command_prints_a_summary(bots: Bots):
     bots.batchbot.gate.open()
-    command = [sys.executable, "benchmarks/bench.py", "load", bots.batchbot.http, "--tokens", "4"]
+    url = f"{bots.batchbot.http}v1"
+    command = [sys.executable, "benchmarks/bench.py", "load", url, "--tokens", "4"]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     printed = dict(line.split() for line in ran.stdout.splitlines())
