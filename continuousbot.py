@@ -27,7 +27,7 @@ class Continuousbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
         # The ContinuousBatchingManager of transformers runs the model in its own thread. Each step
-        # computes all requests of the batch; between steps, requests leave, or join if there is room
+        # computes all requests of the batch; between steps, requests leave, or join if room is left
         # in it and in the KV cache. A failed step fails all streamers; Serve replaces the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to the cache's size
