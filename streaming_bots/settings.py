@@ -6,7 +6,14 @@ serve run textbot:build model=./my-model max_new_tokens=64
 import logging
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
@@ -239,6 +246,12 @@ class ChatbotSettings(ContinuousBatchSettings):
         min_length=2,  # a piece of a reply that equals it is sent in two frames
         description="The marker that follows each reply, in a message of its own.",
     )
+
+    @model_validator(mode="after")
+    def _check_cache_tokens(self) -> "ChatbotSettings":
+        if self.cache_tokens is not None and self.max_batch_size is None:
+            raise ValueError("cache_tokens is for a batch: give max_batch_size, too")
+        return self
 
     def autoscaling_config(self) -> dict[str, Any]:
         """Replies count, not open connections."""

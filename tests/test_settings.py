@@ -68,6 +68,12 @@ def test_the_size_of_a_continuous_batch_reaches_the_bot_and_its_autoscaling():
         ContinuousbotSettings(max_batch_size=0)
 
 
+def test_the_size_of_a_cache_without_a_batch_is_refused():
+    with pytest.raises(ValidationError, match="give max_batch_size, too"):
+        ChatbotSettings(cache_tokens=1000)
+    assert ChatbotSettings(cache_tokens=1000, max_batch_size=2)
+
+
 def test_options_reach_ray_and_the_batch():
     arguments = BatchbotSettings(num_cpus=0.5, num_replicas="auto", max_batch_size=3)
     assert arguments.deployment_options() == {
