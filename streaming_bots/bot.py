@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 
+import torch
 from ray import serve
 
 from streaming_bots.errors import PromptTooLong
@@ -56,6 +57,7 @@ class Bot(ABC):
     def __init__(self, settings: BotSettings) -> None:
         logger.addFilter(traceback_once)
         self.settings = settings
+        torch.set_num_threads(settings.threads())  # Ray says as many as the cores reserved
         name, self.model, self.tokenizer, context = load_model(
             settings.model,
             settings.dtype,

@@ -22,6 +22,7 @@ from streaming_bots.models.loaded_model import check_model
 from streaming_bots.models.prompt import encode, new_conversation, prompt_limit, reply_limit
 from streaming_bots.models.source import BUNDLED, ModelError
 from streaming_bots.operations.drain import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S
+from streaming_bots.operations.machine import cores
 
 logger = logging.getLogger("ray.serve")
 
@@ -102,11 +103,11 @@ class BotSettings(AccessSettings):
         description="Seconds without progress of the model after which a reply has failed and "
         "Serve replaces the replica. Must be longer than one of its layers takes for a prompt.",
     )
-    num_cpus: float = Field(
-        default=1.0,
+    num_cpus: float | None = Field(
+        default=None,
         ge=0,
-        description="Cores that Ray reserves per replica, and threads of its model. One reply at a "
-        "time gains little from a second core, a batch more.",
+        description="Cores that Ray reserves per replica, and threads of its model. By default one "
+        "is reserved, and the model of a single replica computes with all cores that there are.",
     )
     num_gpus: float = Field(
         default=0.0,
@@ -126,11 +127,20 @@ class BotSettings(AccessSettings):
         """For `num_replicas=auto`: one reply is written at a time, and one may wait."""
         return {"target_ongoing_requests": 2}
 
+    def threads(self) -> int:
+        """With how many the model computes."""
+        if self.num_cpus is None and self.num_replicas == 1:
+            return cores()
+        return max(1, int(self.num_cpus or 1))
+
     def deployment_options(self) -> dict[str, Any]:
         """For `Deployment.options`."""
         options: dict[str, Any] = {
             "num_replicas": self.num_replicas,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "ray_actor_options": {
+                "num_cpus": 1.0 if self.num_cpus is None else self.num_cpus,
+                "num_gpus": self.num_gpus,
+            },
         }
         if self.num_replicas == "auto":
             options["autoscaling_config"] = self.autoscaling_config()

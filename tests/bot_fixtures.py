@@ -82,9 +82,10 @@ def arguments_of(name: str, emoji_model: Path, key_file: Path) -> dict[str, Any]
             "max_new_tokens": MAX_NEW_TOKENS,
             "allowed_origins": [ALLOWED_ORIGIN],
             "api_key_file": key_file,
+            "num_cpus": 1,
         }
     limit = CHAT_MAX_NEW_TOKENS if name.endswith("chatbot") else MAX_NEW_TOKENS
-    return {"model": BUNDLED, "max_new_tokens": limit}
+    return {"model": BUNDLED, "max_new_tokens": limit, "num_cpus": 1}
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def test_an_allowed_origin_may_read_the_answer_and_ask_before_with_no_key(tmp_pa
     assert (status, headers["access-control-allow-origin"]) == (401, origin)
     status, headers, _ = answer(access, {"Origin": origin, "Authorization": f"Bearer {KEY}"})
     assert (status, headers["access-control-allow-origin"]) == (200, origin)
-    assert headers["access-control-expose-headers"] == "X-Model"
+    assert headers["access-control-expose-headers"] == "X-Model, Retry-After"
 
 
 @pytest.mark.parametrize("origin", ["https://chat.example.org", "http://chat.example.org"])

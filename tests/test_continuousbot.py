@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from itertools import count, product
+from itertools import count, cycle, product
 
 import pytest
 import requests
@@ -410,28 +410,35 @@ def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, m
     assert replies == [reference(loaded, [prompt], 8) for prompt in PROMPTS]
 
 
-def test_a_long_prompt_gets_its_turn_though_short_ones_keep_coming(loaded, monkeypatch):
-    """In a cache without room for both."""
+@pytest.mark.parametrize("shared", [0, 64])
+def test_a_long_prompt_gets_its_turn_though_short_ones_keep_coming(loaded, monkeypatch, shared):
+    """In a cache without room for both, also if they begin alike."""
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
-    distinct = count(1)
+    distinct, lengths = count(1), cycle([10, 25, 40, 60, 33, 17])
 
     async def test() -> None:
         batch = new_batch(loaded.model, loaded.context, 8, 640)
+        ended = 0
 
         async def ask(length: int, tokens: int) -> None:
-            prompt = [next(distinct) % 2500 for _ in range(length)]
+            nonlocal ended
+            prompt = [7 + place % 50 for place in range(shared)]
+            prompt += [next(distinct) % 2500 for _ in range(length)]
             streamer = new_streamer(loaded.tokenizer, (), prompt, tokens)
             batch.submit(streamer)
             await streamer.text.ended.wait()
+            ended += 1
 
         async def keep_asking() -> None:
             while True:
-                await ask(20, 60)
+                await ask(20, next(lengths))
 
-        others = [asyncio.create_task(keep_asking()) for _ in range(12)]
-        while len(batch.running) < 8:
+        others = [asyncio.create_task(keep_asking()) for _ in range(24)]
+        while ended < 24:
             await batch.moved.wait()
-        await asyncio.wait_for(ask(400, 2), HANG_S / 2)
+        before = ended
+        await asyncio.wait_for(ask(400 - shared, 2), HANG_S / 2)
+        assert ended - before < 24 + 2 * 8  # the others that were there before it, and a few
         for other in others:
             other.cancel()
         batch.manager.stop(hard_stop=True)

@@ -196,6 +196,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_dropped(textbot):
             complete(textbot, prompt)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
         assert "maximum context length is 511 tokens" in refused.value.message
+    with pytest.raises(openai.BadRequestError, match="1000 messages with 64000 bytes are too many"):
+        complete(textbot, [user("")] * 1000)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,7 @@ def test_the_names_of_ignored_parameters_are_logged_at_debug(textbot, caplog):
         ("messages.1.content", {"messages": [user("Hi"), user([{"type": "image_url"}])]}),
         ("messages.0.content", {"messages": [user([{"type": "input_audio"}])]}),
         ("messages.0.content", {"messages": [user(3)]}),
+        ("messages.0.content", {"messages": [user(False)]}),
         ("modalities.1", {"modalities": ["text", "audio"]}),
         ("tool_choice", {"tool_choice": "required"}),
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
@@ -453,7 +456,9 @@ def test_while_nothing_comes_there_are_comments_and_then_a_failure_is_an_event(
 ):
     monkeypatch.setattr(completion, "SILENCE_S", 0.2)
     textbot.gate.hold_after(0)
-    first, second = CompletionCaller(textbot, LONG, 2), CompletionCaller(textbot, LONG, 2)
+    first = CompletionCaller(textbot, LONG, 2)
+    textbot.gate.wait("step", 1)
+    second = CompletionCaller(textbot, LONG, 2)
     for caller in (first, second):
         caller.response = caller.connection.getresponse()
         received = b"".join(caller.response.read1() for _ in range(2))

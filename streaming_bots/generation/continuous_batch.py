@@ -55,7 +55,7 @@ class ContinuousBatch(Engine):
     def _start(self, streamer: Streamer) -> None:
         assert isinstance(streamer, ReplyStreamer)
         self.added += 1
-        request = self.requests[streamer] = str(self.added)
+        request = self.requests[streamer] = f"{self.added:015}"  # RoomScheduler sorts by it
         self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
         # The manager's queue has no limit, so this does not block; Serve limits the requests.
         added = self.manager.add_request(

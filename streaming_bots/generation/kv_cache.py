@@ -2,6 +2,7 @@
 
 import threading
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -176,24 +177,29 @@ class RoomScheduler(FIFOScheduler):
 
     When the cache is full, the manager takes requests out of the batch, and nobody in until a reply
     has come to its end. If all that run are cancelled first, that never happens. And it passes over
-    a request that does not fit: a long prompt would wait as long as short ones come.
+    a request that does not fit, and puts one that made room at the end of the line: a long prompt
+    would wait as long as short ones come.
     """
 
     name = "room"
 
+    def add_waiting_request(self, state: RequestState) -> None:
+        super().add_waiting_request(state)
+        waiting: deque[str] = self.waiting_requests_order  # type: ignore[has-type]
+        self.waiting_requests_order = deque(sorted(waiting))  # by arrival
+
     def _get_waiting_candidates(self) -> list[RequestState]:
         candidates: list[RequestState] = super()._get_waiting_candidates()
-        if candidates and not self._fits(candidates[0]):
-            self.cache.evict_cached_blocks()  # of replies that have ended
-            self.cache.pool.try_to_free_sectors()
-            if not self._fits(candidates[0]):
-                return candidates[:1]  # those behind it wait, too
-        return candidates
+        if not candidates or self._fits(candidates[0]):
+            return candidates
+        self.cache.evict_cached_blocks()  # of replies that have ended
+        self.cache.pool.try_to_free_sectors()
+        # Those behind it wait, too. Alone, it gets what there is.
+        return [] if self.active_requests and not self._fits(candidates[0]) else candidates
 
     def _fits(self, state: RequestState) -> bool:
-        """Whether the cache has room for what one step reads of a prompt."""
-        step = self.max_requests_per_batch + PROMPT_TOKENS_PER_STEP
-        tokens = min(len(state.remaining_prefill_tokens), step)
+        """Whether the cache has room for a whole prompt now."""
+        tokens = len(state.remaining_prefill_tokens)
         fits: bool = self.cache.can_store_request_tokens(state, tokens, dry_run=True)
         return fits
 

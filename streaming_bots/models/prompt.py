@@ -74,8 +74,10 @@ def encode_whole(
 ) -> list[int]:
     """Token ids of all messages. Raises ContextExceeded, in words that clients look for."""
     limit = f"this model's maximum context length is {prompt_budget} tokens of messages"
-    if (size := sum(byte_sizes(messages))) > bytes_allowed(prompt_budget):
-        raise ContextExceeded(f"{limit}, which have {size} bytes")
+    # Each message has a token at least, also an empty one.
+    size = sum(byte_sizes(messages)) + MAX_BYTES_PER_TOKEN * len(messages)
+    if size > bytes_allowed(prompt_budget):
+        raise ContextExceeded(f"{limit}; {len(messages)} messages with {size} bytes are too many")
     ids = tokenize(messages, tokenizer)
     if len(ids) > prompt_budget:
         raise ContextExceeded(f"{limit}, which have {len(ids)}")

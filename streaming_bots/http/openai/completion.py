@@ -85,7 +85,7 @@ class Completion:
 
 
 def _data(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"
 
 
 async def with_silences(reply: Reply) -> AsyncGenerator[str | None]:

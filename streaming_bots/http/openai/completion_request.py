@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
     @classmethod
     def _join_parts(cls, content: object) -> object:
         if not isinstance(content, list):
-            return content or ""  # null beside the call of a tool
+            return "" if content is None else content  # as beside the call of a tool
         texts = [part["text"] for part in content if _is_text(part)]
         if len(texts) < len(content):
             raise ValueError("only parts of type text are possible")
@@ -89,7 +89,7 @@ class CompletionRequest(ReplyOptions):
     stream_options: StreamOptions = StreamOptions()
     n: Annotated[Integer, Field(ge=1, le=1)] = 1
     logprobs: Literal[False] = False
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=2, fail_fast=True)] | None = None
     response_format: TextFormat | None = None
     tool_choice: Literal["none", "auto"] = "auto"
     function_call: Literal["none", "auto"] = "auto"

@@ -58,7 +58,15 @@ router = APIRouter(prefix="/v1", responses=ERRORS)
     "/chat/completions",
     status_code=200,
     response_class=EventStream,
-    responses={200: described("The reply", "application/json", {"type": "object"})},
+    responses={
+        200: {
+            "description": "The reply, whole or as server-sent events",
+            "content": {
+                "application/json": {"schema": {"type": "object"}},
+                "text/event-stream": {"schema": {"type": "object", "required": ["data"]}},
+            },
+        }
+    },
     openapi_extra={
         "requestBody": described(
             "", "application/json", inlined(CompletionRequest.model_json_schema())
