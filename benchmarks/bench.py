@@ -1,13 +1,13 @@
-"""Measures the bots beside their limit and their peers: `python benchmarks/bench.py compare`.
+"""Measures the bots against their limit and their peers: `python benchmarks/bench.py compare`.
 
     bench.py load http://localhost:8000/v1 --streams 16       any of our bots
     bench.py load http://localhost:8001/v1 --model NAME       any server that speaks OpenAI's API
     bench.py compare --model gpt2-shape --cpus 1              a set, interleaved, in one run
     bench.py compare --model llama-1b-shape --gpus 1          the same on a GPU
 
-`compare` starts one server after the other, alone on the machine. Before each measurement the
-server is stopped for a moment, and `generate` measured in its place, so that a machine that grows
-slower does so for both. Needs port 8000 and the extra `bench`.
+`compare` starts one server after another, alone on the machine. Before each measurement, it stops
+the server for a moment, and measures `generate` in its place. If the machine gets slower, it does
+so for both. Needs port 8000 and the extra `bench`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from servers import REPOSITORY, Server, our_bot, peer, stopped
 
 
 class InProcess:
-    """`generate`, or continuous batching, in a process that waits to be asked."""
+    """Runs `generate`, or continuous batching, in a process that waits to be asked."""
 
     def __init__(self, way: str, model: Path, options: argparse.Namespace) -> None:
         command = [sys.executable, "benchmarks/in_process.py", way, "--model", str(model)]
@@ -50,7 +50,7 @@ class InProcess:
         )
 
     def measure(self, streams: int) -> float:
-        """Tokens a second of all streams together."""
+        """Return the tokens per second of all streams together."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{streams}\n")
@@ -88,7 +88,7 @@ def measure_in_process(
     batch: InProcess, limit: InProcess, options: argparse.Namespace
 ) -> dict[int, Any]:
     results = {}
-    batch.measure(1)  # so that it is ready, and at rest
+    batch.measure(1)  # so that it is ready and idle
     for count in options.streams:
         most, speed = limit.measure(count), batch.measure(count)
         results[count] = {"limit": most, "tokens_per_s": speed, "failures": 0}
@@ -101,14 +101,14 @@ def ignore(reply: Reply) -> None:
 
 
 def memory_mb() -> float | None:
-    """Anonymous memory of the replica that runs (RssAnon)."""
+    """Return the anonymous memory (RssAnon) of the running replica."""
     for process in psutil.process_iter():
         try:
             if "ServeReplica" in "".join(process.cmdline()):
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 used = next(line for line in lines if line.startswith("RssAnon"))
                 return int(used.split()[1]) / 1024
-        except (psutil.Error, OSError):  # it has ended meanwhile
+        except (psutil.Error, OSError):  # it has just ended
             continue
     return None
 
@@ -116,7 +116,7 @@ def memory_mb() -> float | None:
 def measure_rounds(
     servers: list[Server], model: Path, log: Path, options: argparse.Namespace
 ) -> tuple[dict[str, list[dict[int, Any]]], dict[str, float | None]]:
-    """Of each server its rounds, and its replica's memory."""
+    """Return each server's rounds, and its replica's memory."""
     rounds: dict[str, list[dict[int, Any]]] = {}
     memory: dict[str, float | None] = {}
     with InProcess("generate", model, options) as limit:
@@ -174,7 +174,7 @@ SAVE = "import sys; from in_process import *; save_endless(sys.argv[1], Path(sys
 def measure_arrivals(
     servers: list[Server], rounds: dict[str, list[Any]], log: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Poisson arrivals at 70 % of the best throughput of the first bot that batches."""
+    """Measure Poisson arrivals at 70 % of the best throughput of the first bot that batches."""
     batching = [server for server in servers if server.name in ("batchbot", "continuousbot")]
     if not batching:
         return {}
@@ -248,8 +248,8 @@ def main() -> None:
     many.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results")
 
     options = parser.parse_args()
-    # A shell has its background jobs ignore Ctrl-C, and so would the servers, which end by it.
-    # However this is ended, it ends what it has started.
+    # A shell makes its background jobs ignore Ctrl-C, and the servers would, too, but they end by
+    # it. Whichever of these signals ends this program, it ends what it has started.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     options.run(options)

@@ -1,10 +1,10 @@
-"""What a model gives without a server: `generate`, or continuous batching, in this process.
+"""Measures a model without a server: `generate`, or continuous batching, in this process.
 
     echo 16 | python benchmarks/in_process.py generate --model ./my-model
 
-For each line of its input, a number of streams, it prints the tokens per second of all of them
-together. Or, for `cost`, the microseconds that our own code takes for a token, early and late in a
-reply.
+Each line of its input is a number of streams. For each line, it prints the tokens per second of
+all streams together. For `cost`, it prints the microseconds that our own code takes for a token,
+early and late in a reply.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.prompt import encode
 
-NEVER = "<never>"  # a token that ends a reply and that the model has no logit for
+NEVER = "<never>"  # a token that ends a reply, but has no logit in the model
 SHAPES = {
     "gpt2-shape": GPT2Config(),  # 124M parameters
-    "llama-1b-shape": LlamaConfig(  # 1.24B, as Llama 3.2 has them
+    "llama-1b-shape": LlamaConfig(  # 1.24B parameters, as in Llama 3.2
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
@@ -52,7 +52,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def save_endless(source: str, folder: Path) -> None:
-    """Save a model whose replies are as long as they may be, so that all servers do the same work.
+    """Save a model whose replies always reach their limit, so that all servers do the same work.
 
     `source` is one of the SHAPES, with random weights, or a model's name.
     """
@@ -65,7 +65,7 @@ def save_endless(source: str, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     else:
         _, loaded, tokenizer, _ = load_model(source)
-        # Built anew, since what was read from GGUF cannot be saved.
+        # The model is built again, since one that was read from GGUF cannot be saved.
         fields = loaded.config.to_dict()
         fields.pop("quantization_config", None)
         model = type(loaded)(type(loaded.config).from_dict(fields))
@@ -88,7 +88,7 @@ def prompts(loaded: LoadedModel, streams: int) -> list[list[int]]:
 
 
 class Generate:
-    """One call of `generate` for all streams."""
+    """Calls `generate` once for all streams."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -104,7 +104,7 @@ class Generate:
 
 
 class Continuous:
-    """All streams added to the batch of the manager that the Continuousbot uses."""
+    """Adds all streams to the batch of the manager that the Continuousbot uses."""
 
     def __init__(self, loaded: LoadedModel, max_batch_size: int) -> None:
         self.loaded = loaded
@@ -120,7 +120,7 @@ class Continuous:
 
 
 class Timed(ReplyStreamer):
-    """Notes the seconds that it takes from the model's thread."""
+    """Records how many seconds of the model's thread it takes."""
 
     taken = 0.0
 
@@ -137,7 +137,7 @@ class Timed(ReplyStreamer):
 
 
 async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str, float]:
-    """Microseconds per token, in the model's thread and on the event loop, for each window."""
+    """Return microseconds per token, in the model's thread and on the event loop, per window."""
     ids = prompts(loaded, 1)
     options = ReplyOptions.model_construct(max_new_tokens=windows[-1].stop + 1)
     streamer, marks = Timed(loaded.tokenizer, ids[0], options, []), {}

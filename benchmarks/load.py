@@ -1,4 +1,4 @@
-"""A load generator: asks a server for replies and notes when each piece of text comes."""
+"""A load generator. It asks a server for replies, and records when each piece of text arrives."""
 
 import asyncio
 import json
@@ -20,10 +20,10 @@ PROMPTS = [
 
 @dataclass
 class Reply:
-    """What became of one request; times by time.perf_counter, in seconds."""
+    """The outcome of one request; times are by time.perf_counter, in seconds."""
 
     asked: float
-    tokens: int  # asked for; the models of a comparison never end a reply before
+    tokens: int  # asked for; in a comparison, models never end a reply earlier
     arrivals: list[float] = field(default_factory=list)  # of each piece of text
     ended: float = 0.0
     error: str | None = None
@@ -41,7 +41,7 @@ Ask = Callable[[aiohttp.ClientSession, str, int], AsyncIterator[str]]
 
 
 def openai(url: str, model: str | None = None) -> Ask:
-    """Asks a server that speaks OpenAI's chat completions, at the URL up to and with `/v1`."""
+    """Ask a server that speaks OpenAI's chat completions, at the URL up to and with `/v1`."""
 
     async def ask(session: aiohttp.ClientSession, prompt: str, tokens: int) -> AsyncIterator[str]:
         body = {
@@ -88,7 +88,7 @@ def _session() -> aiohttp.ClientSession:
 async def closed_loop(
     ask: Ask, streams: int, requests_each: int, tokens: int, done: Callable[[Reply], None]
 ) -> list[Reply]:
-    """So many clients at once, each of which asks again as soon as it has its reply."""
+    """Run `streams` clients at once. Each asks again as soon as it has its reply."""
 
     async def client(session: aiohttp.ClientSession, number: int) -> list[Reply]:
         replies = []
@@ -106,9 +106,9 @@ async def closed_loop(
 async def open_loop(
     ask: Ask, rate: float, seconds: float, lengths: tuple[int, int], done: Callable[[Reply], None]
 ) -> list[Reply]:
-    """Poisson arrivals, `rate` a second whatever becomes of them, and replies of mixed lengths.
+    """Send Poisson arrivals, `rate` a second whatever their outcome, with replies of mixed lengths.
 
-    The same arrivals and lengths (uniform on a logarithmic scale) at every call.
+    Every call has the same arrivals and the same lengths, which are uniform on a logarithmic scale.
     """
     chance = random.Random(0)
     low, high = lengths
@@ -127,7 +127,7 @@ async def open_loop(
 
 
 def mean_length(lengths: tuple[int, int]) -> float:
-    """Of replies whose length is uniform on a logarithmic scale."""
+    """Return the mean of lengths that are uniform on a logarithmic scale."""
     low, high = lengths
     return sum(round(low * (high / low) ** (step / 999)) for step in range(1000)) / 1000
 
@@ -138,7 +138,7 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def summarize(replies: list[Reply]) -> dict[str, float]:
-    """Throughput in tokens a second, times in milliseconds."""
+    """Return throughput in tokens per second, and times in milliseconds."""
     whole = [reply for reply in replies if reply.error is None]
     result: dict[str, float] = {"requests": len(replies), "failures": len(replies) - len(whole)}
     if whole:

@@ -1,4 +1,4 @@
-"""What was measured as a table, a plot and numbers."""
+"""Writes the measurements as a table, a plot and numbers."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ LENGTHS = (8, 256)  # tokens of a reply in the arrival test
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
-    """results.json, results.md and results.png."""
+    """Write results.json, results.md and results.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     options, rounds = result["options"], result["rounds"]

@@ -1,4 +1,4 @@
-"""Servers to measure: started, kept from running for a while, ended."""
+"""Starts servers to measure, suspends them for a while, and ends them."""
 
 import os
 import shlex
@@ -19,22 +19,22 @@ from load import Ask, openai
 REPOSITORY = Path(__file__).parent.parent
 SETTINGS = {
     "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
-    # Ray's workers at the priority of its daemons, and a controller that looks around less often.
+    # Ray's workers get the priority of its daemons, and the controller looks around less often.
     "calm": {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"},
 }
-START_S = 300  # a server may take to start
-END_S = 120  # and to end; HAProxy takes half a minute
-SETTLE_S = 1  # until a server that was stopped has noticed what it missed
+START_S = 300  # the most that a server may take to start
+END_S = 120  # the most that it may take to end; HAProxy takes half a minute
+SETTLE_S = 1  # until a stopped server has noticed what it missed
 
 
 @dataclass
 class Server:
-    """Something that answers at a URL once its command has run for a while."""
+    """A server that answers at a URL once its command has run for a while."""
 
     name: str
     command: list[str]
     ask: Ask
-    ready: str  # a URL that answers then
+    ready: str  # a URL that answers once the server is ready
     environment: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
@@ -67,7 +67,7 @@ class Server:
 
 @contextmanager
 def stopped(server: psutil.Process) -> Iterator[None]:
-    """Keep a server and all that it has started from running meanwhile."""
+    """Suspend a server, and all processes that it has started, for a while."""
     family = [server, *server.children(recursive=True)]
     try:
         signal_all(family, signal.SIGSTOP)
@@ -98,7 +98,7 @@ def answers(url: str) -> bool:
 
 
 def our_bot(name: str, model: Path, arguments: list[str]) -> Server:
-    """`textbot`, or with some of the SETTINGS, as `textbot+haproxy+calm`."""
+    """Return a bot by name: `textbot`, or `textbot+haproxy+calm` with some of the SETTINGS."""
     module, *settings = name.split("+")
     environment = {key: value for name in settings for key, value in SETTINGS[name].items()}
     return Server(
@@ -111,7 +111,7 @@ def our_bot(name: str, model: Path, arguments: list[str]) -> Server:
 
 
 def peer(definition: str, model: Path) -> Server:
-    """From `NAME=URL=COMMAND`; {model} in the command is the model's folder."""
+    """Return a peer from `NAME=URL=COMMAND`; {model} in the command is the model's folder."""
     name, url, command = definition.split("=", 2)
     words = shlex.split(command.replace("{model}", str(model)))
     return Server(name, words, openai(url, str(model)), f"{url}/models")

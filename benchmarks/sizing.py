@@ -1,8 +1,8 @@
-"""What a chat costs a Chatbot's replica and Serve's proxy: `python benchmarks/sizing.py`.
+"""Measures a chat's cost to a replica and to Serve's proxy: `python benchmarks/sizing.py`.
 
-Opens sockets to a Chatbot with tiny-dialog, lets some of them speak, and reads the processes'
-memory and processor time. Prints a JSON object; deploy/SCALING.md calculates with it. Needs port
-8000.
+Opens sockets to a Chatbot with tiny-dialog, sends prompts on some of them, and reads the memory
+and processor time of the processes. Prints a JSON object, with which deploy/SCALING.md calculates.
+Needs port 8000.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from websockets.sync.client import ClientConnection, connect
 from streaming_bots.models.source import BUNDLED_FOLDER
 
 URL = "ws://127.0.0.1:8000/"
-SETTLE_S = 3  # until what a change has caused is done
+SETTLE_S = 3  # until the effects of a change are over
 
 
 def processes(server: psutil.Process) -> dict[str, psutil.Process]:
-    """Serve's proxy and the Chatbot's replica."""
+    """Return Serve's proxy and the Chatbot's replica."""
     found = {}
     for process in server.children(recursive=True):
         title = "".join(process.cmdline()[:1])
@@ -34,18 +34,18 @@ def processes(server: psutil.Process) -> dict[str, psutil.Process]:
 
 
 def memory_mb(process: psutil.Process) -> float:
-    """What would be free without this process."""
+    """Return the memory that would be free without this process."""
     return process.memory_full_info().uss / 1e6
 
 
 def seconds(process: psutil.Process) -> float:
-    """Of the processor, so far."""
+    """Return the processor time that a process has used so far."""
     times = process.cpu_times()
     return times.user + times.system
 
 
 def speak(websocket: ClientConnection) -> int:
-    """Have one reply; return of how many frames."""
+    """Have one reply, and return how many messages it has."""
     websocket.send("Tell me a story about dogs.")
     frames = 1
     while websocket.recv() != "<>":
@@ -57,7 +57,7 @@ def measure(server: psutil.Process, count: int, turns: int) -> dict[str, dict[st
     found = processes(server)
     results: dict[str, dict[str, float]] = {name: {} for name in found}
     with ExitStack() as stack:
-        # The first ones cost more, so they come before.
+        # The first sockets cost more, so they open before the measurement.
         sockets = [stack.enter_context(connect(URL)) for _ in range(count // 5)]
         speak(sockets[0])
         time.sleep(SETTLE_S)

@@ -1,4 +1,4 @@
-"""Chat with a Chatbot: type prompts, or pipe them in, one a line.
+"""Chat with a Chatbot: type prompts, or pipe them in, one per line.
 
 printf 'Space the final\n These are the voyages\n' | python clients/chat_client.py
 """
@@ -23,7 +23,7 @@ from websockets.sync.client import ClientConnection
 
 
 class ReplyError(Exception):
-    """The bot's error in place of a reply; the conversation continues."""
+    """The bot sent an error in place of a reply. The conversation continues."""
 
 
 def ask(
@@ -32,7 +32,7 @@ def ask(
     marker: str,
     tell: Callable[[dict[str, Any]], object] = lambda message: None,
 ) -> Iterator[str]:
-    """Send a prompt, and yield its reply piece by piece; tell what else chat.v1 says."""
+    """Send a prompt, and yield its reply piece by piece. Pass chat.v1's messages to `tell`."""
     if websocket.subprotocol != CHAT_V1:  # the plain protocol: text, then the marker
         websocket.send(prompt)
         while (text := websocket.recv(decode=True)) != marker:
@@ -49,7 +49,7 @@ def ask(
 
 
 def print_reply(connection: ChatConnection, prompt: str, marker: str) -> bool:
-    """Print a reply as it comes; return whether it is complete."""
+    """Print a reply as it arrives, and return whether it is complete."""
     notes = Notes()
     try:
         with stop_on_ctrl_c(connection):

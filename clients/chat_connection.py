@@ -1,4 +1,4 @@
-"""A chat client's connection, which finds another replica if one ends before it has replied."""
+"""A chat client's connection. If a replica ends before it replies, the client asks another."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from websockets.typing import Subprotocol
 
 CHAT_V1 = Subprotocol("chat.v1")
 RESTARTING = 1012  # the close code of a replica that ends; another one will reply
-TRIES, RETRY_S = 10, 0.5  # replicas may end one after the other
+TRIES, RETRY_S = 10, 0.5  # replicas may end one after another
 
 
 class ChatConnection(ExitStack):
@@ -36,13 +36,13 @@ class ChatConnection(ExitStack):
         )
 
     def reset(self) -> None:
-        """Begin a new conversation: it is a new connection."""
+        """Begin a new conversation, which needs a new connection."""
         self.websocket.close()
         wait_until_ready(self.options, self.headers)
         self.open()
 
     def ask(self, exchange: Callable[[ClientConnection], Iterator[str]]) -> Iterator[str]:
-        """What an exchange yields. If the replica ends before its first text, ask another one."""
+        """Yield an exchange's text. If the replica ends before its first text, ask another one."""
         for tries_left in reversed(range(TRIES)):
             if self.websocket.close_code is not None:
                 self.reset()

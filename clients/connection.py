@@ -1,4 +1,4 @@
-"""What all clients need to reach a bot: its URL, its key, patience, and one line about errors."""
+"""Shared by all clients: a bot's URL and key, the wait until it is ready, and one-line errors."""
 
 import argparse
 import os
@@ -15,13 +15,13 @@ import requests
 from urllib3.exceptions import ProtocolError
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-PROBE_TIMEOUT_S = 5  # a bot that loads its model may leave a request without an answer
+PROBE_TIMEOUT_S = 5  # while a bot loads its model, it may not answer a request
 PROBE_EVERY_S = 0.5
 BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class Refused(Exception):
-    """The bot's answer to a request that it does not reply to, with its HTTP status."""
+    """The bot answered a request with an error. Holds the answer and its HTTP status."""
 
     def __init__(self, problem: str, status: int) -> None:
         super().__init__(problem)
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser, url: str) -> None:
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
-    """The header with the key, if there is one."""
+    """Return the header with the key, if there is one."""
     if options.api_key_file is None:
         return {}
     try:
@@ -57,9 +57,9 @@ def keep_key(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 
 def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> str:
-    """Wait until a bot answers, saying so, for at most `--wait`; return its model's name, if known.
+    """Wait for a bot to answer, for at most `--wait`, and return its model's name, if known.
 
-    The caller's own request finds out whether something answers in the end.
+    Prints that it waits. The caller's own request shows whether something answers in the end.
     """
     url = options.url.replace("ws", "http", 1) if options.url.startswith("ws") else options.url
     deadline = time.monotonic() + options.wait
@@ -76,14 +76,14 @@ def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> st
 
 
 def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
-    """Any answer of a bot, whatever it says to a GET; None while it starts."""
+    """Return the bot's answer to a GET, whatever it says, or None while the bot starts."""
     try:
         response = requests.get(url, headers=headers, auth=keep_key, timeout=PROBE_TIMEOUT_S)
     except requests.exceptions.SSLError:
         return requests.Response()
     except (requests.ConnectionError, requests.Timeout):
         return None
-    except requests.RequestException:  # such as a URL that is none
+    except requests.RequestException:  # such as an invalid URL
         return requests.Response()
     # Ray Serve itself answers before it knows the bot, and while no replica is ready.
     unknown = response.status_code == 404 and "/-/routes" in response.text
@@ -92,12 +92,12 @@ def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
 
 
 def show(text: str) -> None:
-    """Print a piece of a reply: as it is, but to a terminal nothing that could command it."""
+    """Print a piece of a reply. On a terminal, leave out characters that could control it."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def printable(text: str) -> str:
-    """Without what could command a terminal, or have it show text in another order."""
+    """Remove characters that could control a terminal, or make it show text in another order."""
     return "".join(
         char
         for char in text
@@ -107,13 +107,13 @@ def printable(text: str) -> str:
 
 @contextmanager
 def exit_on_error(options: argparse.Namespace) -> Iterator[None]:
-    """End the program with status 1 and one line that says what is wrong."""
+    """On an error, end the program with status 1 and one line that says what is wrong."""
     url = options.url
     try:
         yield
     except Refused as error:
         sys.exit(printable(str(error)))
-    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except requests.exceptions.ChunkedEncodingError:
         print()

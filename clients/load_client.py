@@ -1,4 +1,4 @@
-"""Ask a bot many prompts at once, and watch how their replies grow.
+"""Send a bot many prompts at once, and watch how their replies grow.
 
 python clients/load_client.py --num-prompts 8
 python clients/load_client.py --url ws://localhost:8000/ "Hello!" "Tell me a joke."
@@ -31,13 +31,13 @@ from websockets.sync.client import connect
 from streaming_bots.models.source import BUNDLED, BUNDLED_FOLDER
 
 PROMPTS = ["Tell me a story about dogs.", "Tell me a joke.", "Space the final", "Hello!"]
-REFUSED = {1003, 1007, 1009, 1012, 1013}  # a Chatbot's close codes, but for failures
-LINES = 3  # of a reply that are shown, its last
+REFUSED = {1003, 1007, 1009, 1012, 1013}  # a Chatbot's close codes, except for failures
+LINES = 3  # how many of a reply's last lines are shown
 
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and what becomes of it; times are in seconds of time.monotonic()."""
+    """A prompt and its outcome; times are in seconds of time.monotonic()."""
 
     prompt: str
     text: str = ""
@@ -47,7 +47,7 @@ class Row:
     outcome: str = ""
 
     def run(self, options: argparse.Namespace, headers: dict[str, str], delay: float) -> None:
-        """Ask, and keep what comes."""
+        """Send the prompt, and keep the reply."""
         time.sleep(delay)
         self.asked = time.monotonic()
         try:
@@ -64,7 +64,7 @@ class Row:
             self.outcome = "refused" if code in REFUSED else f"failed: closed with {code}"
         except ReplyError as error:
             self.outcome = str(error)
-        except Exception as error:  # whatever it is, it is this row's outcome
+        except Exception as error:  # any error is this row's outcome
             self.outcome = f"failed: {type(error).__name__}"
         self.ended = time.monotonic()
 
@@ -80,7 +80,7 @@ def outcome_of(status: int) -> str:
 
 
 def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> Iterator[str]:
-    """A reply, piece by piece, over HTTP or over a WebSocket."""
+    """Yield a reply, piece by piece, over HTTP or over a WebSocket."""
     if not options.url.startswith("ws"):
         yield from ask_over_http(options.url, {"prompt": prompt}, headers)
         return
@@ -89,26 +89,26 @@ def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> It
 
 
 def token_counter(model: str) -> Callable[[str], int] | None:
-    """How many tokens of a model a text has, if its tokenizer.json is on this machine."""
+    """Return a function that counts tokens, if the model's tokenizer.json is on this machine."""
     folder = BUNDLED_FOLDER if model == BUNDLED else Path(model)
     file = str(folder / "tokenizer.json")
     if not folder.is_dir():
         try:
             cached = try_to_load_from_cache(model, "tokenizer.json")
-        except ValueError:  # no hub id
+        except ValueError:  # not a hub id
             return None
         if not isinstance(cached, str):
             return None
         file = cached
     try:
         tokenizer = Tokenizer.from_file(file)
-    except Exception:  # what tokenizers raises for a file that is not there, or none of its own
+    except Exception:  # tokenizers raises it for a missing file or a wrong format
         return None
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: int) -> Table:
-    """The rows as they are now, with at most so many characters of each reply, its last."""
+    """Draw the rows as they are now, with at most the last `room` characters of each reply."""
     table = Table(title=Text(title), title_justify="left", expand=True)
     table.add_column("prompt", max_width=28, no_wrap=True, overflow="ellipsis")
     table.add_column("reply", ratio=1, overflow="fold")
@@ -118,14 +118,14 @@ def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: 
     for row in rows:
         shown = row.text if len(row.text) <= room else "…" + row.text[1 - room :]
         first = f"{(row.first - row.asked) * 1000:.0f} ms" if row.first and row.asked else ""
-        # As Text, so that nothing in it is taken for rich's markup.
+        # Text keeps rich from taking anything in it for markup.
         words = [Text(printable(part)) for part in (row.prompt, shown)]
         table.add_row(*words, first, speed(row, count), Text(printable(row.state)))
     return table
 
 
 def speed(row: Row, count: Callable[[str], int] | None) -> str:
-    """Tokens a second after the first token, of a reply that is there."""
+    """Return the tokens per second after the first token, once the reply has ended."""
     if count is None or row.first is None or row.ended is None or row.ended == row.first:
         return ""
     return f"{(count(row.text) - 1) / (row.ended - row.first):.0f}"
@@ -163,7 +163,7 @@ def main() -> None:
 def start(
     rows: list[Row], options: argparse.Namespace, headers: dict[str, str]
 ) -> list[threading.Thread]:
-    """Ask all, each in a thread, which ends with this program; Ctrl-C may end that first."""
+    """Send each prompt in a thread that ends with this program, which Ctrl-C may end first."""
     threads = [
         threading.Thread(
             target=row.run, args=(options, headers, number * options.interval), daemon=True
@@ -178,7 +178,7 @@ def start(
 def watch(
     rows: list[Row], options: argparse.Namespace, headers: dict[str, str], model: str
 ) -> None:
-    """Ask all, and show the rows until the last has ended."""
+    """Send all prompts, and show the rows until the last one has ended."""
     console = Console()
     room = max(1, console.width - 68) * LINES if console.is_terminal else sys.maxsize
     title, count = f"{options.url} {model}", token_counter(model)

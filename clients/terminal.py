@@ -1,4 +1,4 @@
-"""What makes a terminal pleasant to chat in, so that chat_client.py need not be about it."""
+"""Makes a terminal pleasant to chat in, and keeps that code out of chat_client.py."""
 
 import re
 import signal
@@ -32,14 +32,14 @@ def break_line(event: KeyPressEvent) -> None:
 
 
 def is_typed() -> bool:
-    """Whether somebody is there to type; else prompts come through a pipe."""
+    """Whether a person types the prompts. Otherwise, they come through a pipe."""
     return sys.stdin.isatty()
 
 
 def prompts() -> Iterator[str | None]:
-    """What is typed, with the arrow keys for what was typed before; None for /reset.
+    """Yield typed prompts, and None for /reset. The arrow keys bring back earlier prompts.
 
-    Through a pipe, each line as it is.
+    From a pipe, yield each line as it is.
     """
     if not is_typed():
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ def prompts() -> Iterator[str | None]:
 
 
 class Notes:
-    """What chat.v1 says beside the text of a reply, for a person at a terminal."""
+    """Shows a person at a terminal what chat.v1 says besides the text of a reply."""
 
     def __init__(self) -> None:
         self.ending = ""
@@ -82,7 +82,7 @@ class Notes:
             print(f"({ahead} ahead)", file=sys.stderr)
 
     def print(self) -> None:
-        """End the reply's line, and say what the model has forgotten."""
+        """End the reply's line, and say how many messages the model has forgotten."""
         print(self.ending, flush=True)
         if self.dropped and is_typed():
             print(f"(the first {self.dropped} messages are forgotten)", file=sys.stderr)
@@ -90,9 +90,9 @@ class Notes:
 
 @contextmanager
 def stop_on_ctrl_c(connection: ChatConnection) -> Iterator[None]:
-    """Let the first Ctrl-C on a terminal stop the reply; a second one interrupts, as always.
+    """Let the first Ctrl-C on a terminal stop the reply. A second one interrupts, as always.
 
-    The stop is sent in a thread, since Ctrl-C may interrupt what it would disturb.
+    A thread sends the stop, since Ctrl-C may interrupt code that sending would disturb.
     """
     if not (connection.websocket.subprotocol and is_typed()):
         yield
@@ -101,7 +101,7 @@ def stop_on_ctrl_c(connection: ChatConnection) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
 
     def stop() -> None:
-        with suppress(WebSocketException):  # whoever reads the reply learns of it, too
+        with suppress(WebSocketException):  # the reply's reader learns of it, too
             connection.websocket.send(STOP)
 
     def handle(*_: object) -> None:

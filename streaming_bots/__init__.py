@@ -1,1 +1,1 @@
-"""What keeps the bots from breaking: everything around the lesson that each of them is."""
+"""The code around the bots that keeps them from breaking. Each bot's own file is a lesson."""

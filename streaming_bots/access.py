@@ -1,7 +1,7 @@
-"""Who may use a bot: the hosts it answers for, the web pages that may ask, and the key.
+"""Access to a bot: the hosts it answers for, the web pages that may call it, and the key.
 
-Without the first two, any web page that somebody visits could use the model on that person's own
-machine: the browser sends `POST http://localhost:8000/?prompt=...` for the page without asking.
+Without the first two, any web page could use the model on its visitor's own machine. The browser
+sends `POST http://localhost:8000/?prompt=...` for the page without asking the visitor.
 """
 
 import re
@@ -14,7 +14,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def _split(value: Any) -> Any:
-    """Names from the command line come as one string, separated by commas."""
+    """Split a string at its commas: the command line passes a list of names as one string."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -28,7 +28,7 @@ def _check_host(host: str) -> str:
 
 
 def _check_origin(origin: str) -> str:
-    origin = origin.lower()  # as browsers send it
+    origin = origin.lower()  # browsers send it in lowercase
     if not (origin.isascii() and re.fullmatch(r"\*|[a-z][a-z\d+.-]*://[^/?#@\s*]+", origin)):
         raise ValueError(
             f"{origin!r} is no origin, such as https://chat.example.org (xn--... if not ASCII), "
@@ -43,7 +43,7 @@ Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
 class AccessSettings(BaseModel, extra="forbid"):
-    """Who may use a bot."""
+    """The settings that decide who may use a bot."""
 
     allowed_hosts: Annotated[list[Host], BeforeValidator(_split)] = Field(
         default=["localhost", "127.0.0.1", "[::1]"],
@@ -62,7 +62,7 @@ class AccessSettings(BaseModel, extra="forbid"):
     )
 
     def read_api_key(self) -> bytes | None:
-        """The key, without the white space around it. Raises ValueError if there is none."""
+        """Return the key, without white space around it. Raises ValueError if it is unusable."""
         if self.api_key_file is None:
             return None
         try:
@@ -71,6 +71,6 @@ class AccessSettings(BaseModel, extra="forbid"):
             raise ValueError(f"api_key_file: cannot be read: {error}") from None
         if not key or len(key.split()) > 1:
             raise ValueError(f"api_key_file: {self.api_key_file} must hold one key on one line")
-        if not key.isascii():  # clients do not agree on how others are sent in a header
+        if not key.isascii():  # clients differ in how they send other characters in a header
             raise ValueError(f"api_key_file: the key in {self.api_key_file} must be ASCII")
         return key

@@ -1,4 +1,4 @@
-"""What every bot has, whatever it serves and however it computes: its base class."""
+"""The base class of all bots, whatever they serve and however they compute."""
 
 import asyncio
 import logging
@@ -30,9 +30,9 @@ logger = logging.getLogger("ray.serve")
 
 
 class Reply:
-    """The text of a reply with `async for`, as the model writes it; `state` says how it ended.
+    """One reply. `async for` yields its text as the model writes it; `state` says how it ended.
 
-    Must be closed. Closing it before its end stops the model for it.
+    The caller must close it. If it is closed before its end, the model stops writing it.
     """
 
     def __init__(self, state: ReplyState, chunks: AsyncGenerator[str]) -> None:
@@ -47,12 +47,12 @@ class Reply:
 
 
 class Bot(ABC):
-    """A model and its tokenizer, the settings, and what a replica needs around them.
+    """A model with its tokenizer and settings, and everything else that a replica needs.
 
     Must be constructed in the replica, on its event loop.
     """
 
-    engine: Engine  # runs the model; every bot sets its own
+    engine: Engine  # runs the model; each bot sets its own
 
     def __init__(self, settings: BotSettings) -> None:
         logger.addFilter(traceback_once)
@@ -72,9 +72,9 @@ class Bot(ABC):
         self.limit_context(context)
 
     def limit_context(self, tokens: int, reason: str = "") -> None:
-        """Let a prompt and its reply have so many tokens together; `reason` is told to clients.
+        """Limit a prompt and its reply to `tokens` tokens together; clients are told `reason`.
 
-        Raises ValueError if the limits of the settings do not fit.
+        Raises ValueError if the limits in the settings do not fit.
         """
         self.context = tokens
         self.context_reason = reason
@@ -82,18 +82,18 @@ class Bot(ABC):
         self.max_prompt_tokens = prompt_limit(self.settings.max_prompt_tokens, tokens)
 
     def new_conversation(self) -> list[Message]:
-        """A conversation in which nobody has spoken yet: the system prompt, if there is one."""
+        """Return a new conversation, which has only the system prompt, if there is one."""
         return new_conversation(self.settings.system_prompt)
 
     def prompt_budget(self, max_new_tokens: int) -> int:
-        """The tokens that are left for a prompt, beside a reply of so many."""
+        """Return how many tokens are left for a prompt beside a reply of `max_new_tokens`."""
         return min(self.context - max_new_tokens, self.max_prompt_tokens)
 
     async def encode(self, messages: list[Message], options: ReplyOptions) -> list[int]:
-        """Token ids of a conversation, in a thread, since a long one takes the tokenizer long.
+        """Tokenize a conversation, in a thread since a long one keeps the tokenizer busy for long.
 
-        If they do not fit, drops the oldest exchanges from `messages`; with `options.whole`, it
-        drops none, but shortens the reply. Raises a Refusal.
+        If the token ids do not fit, this drops the oldest exchanges from `messages`. With
+        `options.whole`, it drops none, and shortens the reply instead. Raises a Refusal.
         """
         whole = options.whole
         budget = self.prompt_budget(1 if whole else options.max_new_tokens)
@@ -111,13 +111,13 @@ class Bot(ABC):
 
     @abstractmethod
     async def start_reply(self, messages: list[Message], options: ReplyOptions) -> Reply:
-        """Begin the reply to a conversation, whose last message is the prompt.
+        """Start the reply to a conversation whose last message is the prompt.
 
-        Raises a Refusal, or what has ended the engine.
+        Raises a Refusal, or the error that ended the engine.
         """
 
     def record_autoscaling_stats(self) -> dict[str, int]:
-        """Called by Serve: what the policy in operations/autoscaling.py counts."""
+        """Called by Serve. Returns the count that the policy in operations/autoscaling.py uses."""
         return {"replies": self.engine.in_progress()}
 
     async def check_health(self) -> None:
@@ -127,7 +127,7 @@ class Bot(ABC):
 
 
 def current_bot() -> Bot:
-    """The bot of the replica whose code this is."""
+    """Return the bot of the replica in which this code runs."""
     bot = serve.get_replica_context().servable_object
     assert isinstance(bot, Bot)
     return bot

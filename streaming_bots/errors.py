@@ -1,22 +1,22 @@
-"""What can go wrong, as a client learns of it: an HTTP status, or the close code of a WebSocket.
+"""Errors as a client sees them: an HTTP status, or the close code of a WebSocket.
 
-Anything that is not a Refusal is a failure of the bot: a 500, or the close code 1011.
+Any exception that is not a Refusal is a failure of the bot: a 500, or the close code 1011.
 """
 
 from typing import Any, ClassVar
 
 
 class Refusal(Exception):
-    """The bot does not answer this request. The client may read the whole message."""
+    """The bot refuses to answer this request. The client may read the whole message."""
 
     status: ClassVar[int]
     close_code: ClassVar[int]  # RFC 6455, 7.4.1, and IANA's registry of WebSocket close codes
-    kind: ClassVar[str | None] = None  # of a detail that names the parameter
+    kind: ClassVar[str | None] = None  # the type in a detail that names the parameter
     parameter: ClassVar[str] = "prompt"
 
     @property
     def detail(self) -> str | list[dict[str, Any]]:
-        """What the body of an HTTP response says."""
+        """The `detail` in the body of an HTTP response."""
         if self.kind is None:
             return str(self)
         return [{"type": self.kind, "loc": ["body", self.parameter], "msg": str(self)}]
@@ -41,13 +41,13 @@ class ContextExceeded(PromptTooLong):
 
 
 class TemplateRefusal(Refusal):
-    """A conversation that the model's chat template does not take."""
+    """A conversation that the model's chat template refuses."""
 
     status, close_code = 400, 1007
 
 
 class ModelNotFound(Refusal):
-    """Another model than the one that answers here."""
+    """A request for a model other than the one that answers here."""
 
     status, close_code, kind, parameter = 404, 1008, "model_not_found", "model"
 
@@ -59,13 +59,13 @@ class BodyTooLong(Refusal):
 
 
 class NoToken(Refusal):
-    """A prompt of which the tokenizer leaves nothing."""
+    """A prompt for which the tokenizer returns no token."""
 
     status, close_code, kind = 422, 1007, "no_token"
 
 
 class UnknownToken(Refusal):
-    """A prompt with a token that was added to the tokenizer, but not to the model."""
+    """A prompt with a token that was added to the tokenizer but not to the model."""
 
     status, close_code, kind = 422, 1007, "unknown_token"
 
@@ -77,13 +77,13 @@ class BodyTimeout(Refusal):
 
 
 class TooManyWaiting(Refusal):
-    """No further prompt or chat is accepted now."""
+    """The bot accepts no further prompt or chat for now."""
 
     status, close_code = 503, 1013
 
 
 class Restarting(Refusal):
-    """The replica ends. A client may ask another replica for what was not answered."""
+    """The replica is ending. The client may send its unanswered prompts to another replica."""
 
     status, close_code = 503, 1012
 
@@ -101,5 +101,5 @@ def close_code(error: Exception) -> int:
 
 
 def describe(error: Exception) -> str:
-    """What a client may know: all of a refusal, only the kind of a failure."""
+    """Describe an error to a client: a refusal in full, a failure only by its type."""
     return str(error) if isinstance(error, Refusal) else f"the reply failed: {type(error).__name__}"

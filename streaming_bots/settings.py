@@ -1,4 +1,4 @@
-"""What a bot can be configured with, by its constructor and by its `build` function.
+"""The settings of a bot, for its constructor and for its `build` function.
 
 serve run textbot:build model=./my-model max_new_tokens=64
 """
@@ -27,27 +27,27 @@ from streaming_bots.operations.machine import cores
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
-RETRY_AFTER_S = 10  # what a client is told that comes when too many wait
+RETRY_AFTER_S = 10  # told to a client that is refused because too many wait
 
 
 def queue_beside(max_batch_size: int) -> dict[str, int]:
-    """How many requests a replica and Serve's proxies take: a batch, and as many that wait."""
+    """Limit the requests in a replica and in Serve's proxies: a batch, and as many that wait."""
     requests = max(100, 2 * max_batch_size)
     return {"max_ongoing_requests": requests, "max_queued_requests": requests}
 
 
-# For a bot whose requests wait their turn. Waiting costs next to nothing, but a hundred replies
-# take minutes: a client that would have to wait longer gets a 503 at once. Every request is queued
-# in Serve's proxy for a moment, so the queue has room for as many as a replica takes.
+# For a bot whose requests wait for their turn. Waiting costs next to nothing, but a hundred replies
+# take minutes. A client that would have to wait longer gets a 503 at once. Serve's proxy queues
+# every request for a moment, so its queue has room for as many as a replica takes.
 QUEUE_OPTIONS: dict[str, Any] = {
     **queue_beside(1),
     "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
 }
 
-MAX_CHATS = 500  # open in a replica at once; an idle one costs some memory
+MAX_CHATS = 500  # open at once in a replica; an idle one costs some memory
 
-# Serve counts an open WebSocket as one request, also while nobody speaks. Over Serve's limit a
-# handshake would hang, so the Chatbot counts for itself; Serve's limit leaves room for clients that
+# Serve counts an open WebSocket as one request, even while it is idle. Over Serve's limit, a
+# handshake would hang, so the Chatbot has its own limit. Serve's limit leaves room for clients that
 # are told to try again later. A replica that Serve stops needs time to finish its replies.
 CHAT_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 2 * MAX_CHATS,
@@ -57,9 +57,9 @@ CHAT_OPTIONS: dict[str, Any] = {
 
 
 class BotSettings(AccessSettings):
-    """What all bots take, on the command line or as `args:` in a Serve config file."""
+    """The settings of all bots, on the command line or as `args:` in a Serve config file."""
 
-    max_waiting: ClassVar[int | None] = None  # prompts in line for the model; Serve limits them
+    max_waiting: ClassVar[int | None] = None  # prompts that may wait; None: Serve limits them
 
     model: str = Field(
         default=DEFAULT_MODEL,
@@ -120,11 +120,11 @@ class BotSettings(AccessSettings):
     )
 
     def bind(self, bot: Deployment) -> Application:
-        """The application of a bot. Raises what `constructor_arguments` does."""
+        """Return the application of a bot. Raises the errors of `constructor_arguments`."""
         return bot.options(**self.deployment_options()).bind(**self.constructor_arguments())
 
     def autoscaling_config(self) -> dict[str, Any]:
-        """For `num_replicas=auto`: one reply is written at a time, and one may wait."""
+        """For `num_replicas=auto`: a replica writes one reply at a time, and one may wait."""
         return {"target_ongoing_requests": 2}
 
     def threads(self) -> int:
@@ -134,7 +134,7 @@ class BotSettings(AccessSettings):
         return max(1, int(self.num_cpus or 1))
 
     def deployment_options(self) -> dict[str, Any]:
-        """For `Deployment.options`."""
+        """Return the arguments for `Deployment.options`."""
         options: dict[str, Any] = {
             "num_replicas": self.num_replicas,
             "ray_actor_options": {
@@ -148,9 +148,9 @@ class BotSettings(AccessSettings):
         return options
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """The settings that were given, checked as far as possible before anything is deployed.
+        """Return the given settings, checked as far as possible before anything is deployed.
 
-        Raises ModelError if a model that was named cannot be loaded, and ValueError if
+        Raises ModelError if a model that was named cannot be loaded. Raises ValueError if
         `max_new_tokens`, `max_prompt_tokens` or `system_prompt` do not suit it, or if
         `api_key_file` holds no key.
         """
@@ -180,7 +180,7 @@ class BotSettings(AccessSettings):
 
 
 class BatchSettings(BaseModel, extra="forbid"):
-    """What may change while a Batchbot runs, by `user_config`."""
+    """The settings that `user_config` may change while a Batchbot runs."""
 
     max_batch_size: int = Field(
         default=16, gt=0, description="Prompts in one run of the model, at most."
@@ -194,10 +194,10 @@ class BatchbotSettings(BotSettings, BatchSettings):
     _in_force: BatchSettings | None = PrivateAttr(default=None)
 
     def reconfigure(self, user_config: dict[str, Any]) -> BatchSettings:
-        """The settings that a `user_config` brings into force.
+        """Return the settings that apply after a new `user_config`.
 
-        If it is wrong, the earlier ones stay: Serve would stop the replica, and those that it
-        starts instead would fail likewise. Raises ValidationError if there are none yet.
+        If it is wrong, the earlier settings stay. An error would make Serve stop the replica, and
+        its replacements would fail, too. Raises ValidationError if there are no earlier settings.
         """
         try:
             settings = BatchSettings.model_validate(user_config)
@@ -213,7 +213,7 @@ class BatchbotSettings(BotSettings, BatchSettings):
         return settings
 
     def autoscaling_config(self) -> dict[str, Any]:
-        """A full batch."""
+        """Aim at a full batch."""
         return {"target_ongoing_requests": self.max_batch_size}
 
     def deployment_options(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class ContinuousBatchSettings(BotSettings):
     )
 
     def autoscaling_config(self) -> dict[str, Any]:
-        """Half of the places of a batch, so that a new prompt begins at once."""
+        """Aim at half of a batch's places, so that a new prompt begins at once."""
         if self.max_batch_size is None:
             return super().autoscaling_config()
         return {"target_ongoing_requests": (self.max_batch_size + 1) // 2}
@@ -253,7 +253,7 @@ class ChatbotSettings(ContinuousBatchSettings):
 
     end_of_response: str = Field(
         default="<>",
-        min_length=2,  # a piece of a reply that equals it is sent in two frames
+        min_length=2,  # a piece of a reply that equals it is sent in two messages
         description="The marker that follows each reply, in a message of its own.",
     )
 
@@ -264,6 +264,6 @@ class ChatbotSettings(ContinuousBatchSettings):
         return self
 
     def autoscaling_config(self) -> dict[str, Any]:
-        """Replies count, not open connections."""
+        """Count replies, not open connections."""
         policy = {"policy_function": "streaming_bots.operations.autoscaling:replies_in_progress"}
         return super().autoscaling_config() | {"policy": policy}

@@ -2,8 +2,8 @@
 
     python training/train_tiny_dialog.py --minutes 18 --output streaming_bots/models/tiny_dialog
 
-GPT-2's architecture and DialoGPT's format: prompts and replies by turns, each followed by the
-end-of-sequence token, so that the model takes DialoGPT's place wherever no hub is in reach.
+The model has GPT-2's architecture and DialoGPT's format: prompts and replies in turn, each followed
+by the end-of-sequence token. So it can take DialoGPT's place if the hub is unreachable.
 """
 
 import argparse
@@ -24,15 +24,15 @@ EOS = "<|endoftext|>"
 CONTEXT = 512
 VOCABULARY = 2560
 TOKENS_PER_STEP = 2048
-PROMPT_WEIGHT = 0.3  # of a prompt's tokens in the loss: replies are what it has to write
+PROMPT_WEIGHT = 0.3  # of a prompt's tokens in the loss, since the model has to write replies
 HERE = Path(__file__).parent
 
-# A dialogue is a list of lines, prompts and replies by turns; a line is a list of alternatives.
+# A dialogue is a list of lines, prompts and replies in turn. A line is a list of alternatives.
 Dialogue = list[list[str]]
 
 
 def read_dialogues(folder: Path) -> tuple[list[Dialogue], dict[str, list[str]]]:
-    """All dialogues of a folder, and its `slots.txt`: the words for {name}, {food} and so on."""
+    """Read the dialogues of a folder, and its `slots.txt`: words for {name}, {food} and so on."""
     slots = {}
     for line in (folder / "slots.txt").read_text().splitlines():
         name, _, words = line.partition(": ")
@@ -49,7 +49,7 @@ def read_dialogues(folder: Path) -> tuple[list[Dialogue], dict[str, list[str]]]:
 
 
 def hold_out(dialogues: list[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Keep the last wording of every prompt with at least eight of them out of the training."""
+    """Keep the last wording of every prompt with at least eight wordings out of the training."""
     training, held_out = [], []
     for dialogue in dialogues:
         prompts = dialogue[0]
@@ -61,7 +61,7 @@ def hold_out(dialogues: list[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]
 
 
 def reworded(prompt: str, rng: random.Random) -> str:
-    """The prompt as another person would type it: capitals, final punctuation, a slip."""
+    """Return the prompt as another person might type it: capitals, final punctuation, a typo."""
     if rng.random() < 0.35:
         prompt = prompt.lower()
     elif rng.random() < 0.5:
@@ -84,7 +84,7 @@ def reworded(prompt: str, rng: random.Random) -> str:
 
 
 def invented_name(rng: random.Random) -> str:
-    """A name that is in no list, so that the model learns to repeat names, not to know them."""
+    """Invent a name from no list, so that the model learns to repeat names, not to know them."""
     syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(3)]
     return "".join(
         [*syllables[: rng.randint(1, 3)], rng.choice(["", "n", "l", "r", "s", "m"])]
@@ -92,7 +92,7 @@ def invented_name(rng: random.Random) -> str:
 
 
 def spoken(dialogue: Dialogue, slots: dict[str, list[str]], rng: random.Random) -> list[str]:
-    """One way that a dialogue may go: its turns, prompts and replies by turns."""
+    """Return the turns of one way that a dialogue may go, prompts and replies in turn."""
     words = {name: rng.choice(choices) for name, choices in slots.items()}
     if rng.random() < 0.4:
         words["name"] = invented_name(rng)
@@ -108,7 +108,7 @@ def spoken(dialogue: Dialogue, slots: dict[str, list[str]], rng: random.Random) 
 def train_tokenizer(
     dialogues: list[Dialogue], slots: dict[str, list[str]]
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text can be encoded, learned from the dialogues."""
+    """Learn a byte-level BPE, which can encode any text, from the dialogues."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -133,8 +133,8 @@ def rows(
     length: int,
     rng: random.Random,
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """Conversations of `length` tokens, each some dialogues in a row, and their loss weights."""
-    # Every wording of a first prompt is equally likely; one with slots stands for many.
+    """Yield conversations of `length` tokens, each of some dialogues in a row, and loss weights."""
+    # Every wording of a first prompt is equally likely, except that one with slots stands for many.
     shares = [len(one[0]) * (3 if any("{" in text for text in one[0]) else 1) for one in dialogues]
     cumulative = list(itertools.accumulate(shares))
     while True:
@@ -150,7 +150,7 @@ def rows(
 
 
 def loss_of(model: GPT2LMHeadModel, batch: list[tuple[list[int], list[float]]]) -> torch.Tensor:
-    """Weighted mean cross-entropy in nats per token."""
+    """Return the weighted mean cross-entropy in nats per token."""
     ids = torch.tensor([ids for ids, _ in batch])  # (rows, length)
     weights = torch.tensor([weights for _, weights in batch])[:, 1:]  # (rows, length - 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -165,7 +165,7 @@ def reply_loss(
     dialogues: list[Dialogue],
     slots: dict[str, list[str]],
 ) -> float:
-    """Mean loss of the first reply, in nats per token, given a prompt that was held out."""
+    """Return the mean loss of the first reply to a held-out prompt, in nats per token."""
     rng = random.Random(0)
     total, count = 0.0, 0
     model.eval()
@@ -181,7 +181,7 @@ def reply_loss(
 
 
 def train(dialogues_folder: Path, minutes: float, max_steps: int | None, output: Path) -> None:
-    """Train for so many minutes, or at most `max_steps` steps, and save model and tokenizer."""
+    """Train for `minutes`, or at most `max_steps` steps, and save the model and the tokenizer."""
     began = time.monotonic()
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -203,7 +203,7 @@ def train(dialogues_folder: Path, minutes: float, max_steps: int | None, output:
     model = GPT2LMHeadModel(config)
     print(f"{len(dialogues)} dialogues, {model.num_parameters():,} parameters")
 
-    # Most prompts come early in a conversation, so most rows are short; the long ones teach the
+    # Most prompts come early in a conversation, so most rows are short. The long rows teach the
     # positions up to the end of the context.
     sources = {
         length: rows(training, slots, tokenizer, length, rng) for length in (128, 256, CONTEXT)

@@ -1,1 +1,1 @@
-"""Conversations over a WebSocket, and the page to have them on."""
+"""Conversations over a WebSocket, and the web page for them."""

@@ -1,4 +1,4 @@
-"""One client's WebSocket: prompts are read ahead, and each is answered once, in order."""
+"""One client's WebSocket. The bot reads prompts ahead, and answers each once, in order."""
 
 import asyncio
 import logging
@@ -20,10 +20,10 @@ from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.models.prompt import Message
 
-MAX_PROMPTS_AHEAD = 100  # that one client may send before it has the replies
-MAX_CHARACTERS_AHEAD = 1_000_000  # of all of these, before another one
-MAX_MESSAGES_PER_SECOND = 200  # of one client
-BYTES_OF_MESSAGE, MAX_WEIGHT = 20_000, 90  # a longer one counts as several, but not too many
+MAX_PROMPTS_AHEAD = 100  # that one client may send before it gets the replies
+MAX_CHARACTERS_AHEAD = 1_000_000  # in all of these; a client with more may send no other
+MAX_MESSAGES_PER_SECOND = 200  # from one client
+BYTES_OF_MESSAGE, MAX_WEIGHT = 20_000, 90  # a longer one counts as several, with an upper limit
 MAX_REASON_BYTES = 123  # of a WebSocket close frame (RFC 6455, 5.5)
 
 logger = logging.getLogger("ray.serve")
@@ -31,7 +31,7 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(eq=False)
 class Prompt:
-    """What a client asked for, or what is wrong with it."""
+    """A prompt from a client, or the error in its message."""
 
     text: str
     options: ReplyOptions
@@ -41,7 +41,7 @@ class Prompt:
 
 
 class ChatConnection:
-    """Give it every message with `take`, iterate over it for prompts, and `answer` each of them."""
+    """Pass it every message with `take`, iterate over it for prompts, and `answer` each of them."""
 
     def __init__(
         self, ws: WebSocket, bot: Bot, options: ReplyOptions, end_of_response: str
@@ -51,20 +51,20 @@ class ChatConnection:
         self.ws = ws
         self.bot = bot
         self.options = options
-        self.prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()  # None: no more are answered
+        self.prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()  # None: answer no more
         self.unanswered: list[Prompt] = []
-        self.conversation = bot.new_conversation()  # as far as the model sees it
+        self.conversation = bot.new_conversation()  # the part that the model sees
         self.spoken = 0  # prompts and replies so far
         self.second, self.received = time.monotonic(), 0  # messages since then
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """End what is inside when the client disconnects; close the socket on an error inside."""
+        """End the `with` block when the client disconnects. On an error in it, close the socket."""
         drain = asyncio.create_task(self._end_when_draining())
         try:
             yield
         except* (WebSocketDisconnect, TaskCancelledError):
-            pass  # Serve cancels the reading of a client that has disconnected
+            pass  # Serve cancels the reading from a client that has disconnected
         except* Exception as errors:
             error = errors.exceptions[0]
             if isinstance(error, Refusal):
@@ -78,19 +78,19 @@ class ChatConnection:
                 self.bot.metrics.count("cancelled")
 
     async def refuse(self, reason: str) -> None:
-        """Close it with 1013, try again later: only an accepted WebSocket can be told a code."""
+        """Close with 1013, try again later. Only an accepted WebSocket can receive a close code."""
         self.bot.metrics.count("refused")
         await self.close(TooManyWaiting(reason))
 
     async def close(self, error: Exception) -> None:
-        """Close it, if it is open, with the error's code and what fits of its description."""
+        """If the socket is open, close it with the error's code and as much of its text as fits."""
         if self.ws.application_state is WebSocketState.CONNECTED:
             reason = describe(error).encode()[:MAX_REASON_BYTES].decode(errors="ignore")
             await self.ws.close(close_code(error), reason)
 
     async def take(self, message: ASGIMessage) -> None:
-        """Queue a prompt, or do at once what else a message asks for."""
-        await asyncio.sleep(0)  # others' turn, also while this client keeps sending
+        """Queue a prompt, or carry out any other message at once."""
+        await asyncio.sleep(0)  # lets other clients run, even if this one keeps sending
         self._limit_rate(message)
         text, options, error = "", self.options, None
         try:
@@ -118,7 +118,7 @@ class ChatConnection:
         self.prompts.put_nowait(prompt)
 
     async def __aiter__(self) -> AsyncIterator[Prompt]:
-        """The client's prompts, in order. Those that need no model are answered here."""
+        """Yield the client's prompts in order. Prompts that need no model are answered here."""
         while (prompt := await self.prompts.get()) is not None:
             if prompt.error is not None:
                 await self._end(prompt, prompt.error)
@@ -136,13 +136,13 @@ class ChatConnection:
 
     @asynccontextmanager
     async def answer(self, prompt: Prompt) -> AsyncIterator[None]:
-        """Send the end of the reply that is sent inside, or the error that is raised there."""
+        """Send the end of the reply that the `with` block sends, or the error that it raises."""
         try:
             try:
                 yield
             finally:
                 if prompt.reply is not None:
-                    self._cancel(prompt.reply)  # also one that nobody has begun to read
+                    self._cancel(prompt.reply)  # even if nobody has begun to read it
                     await prompt.reply.aclose()
         except WebSocketDisconnect:
             raise
@@ -153,7 +153,7 @@ class ChatConnection:
             await self._end(prompt, prompt.reply.state)
 
     async def wait_for_turn(self, prompt: Prompt) -> None:
-        """Say how many replies are ahead of `prompt.reply`, until it begins."""
+        """Tell the client how many replies are ahead of `prompt.reply`, until it begins."""
         assert prompt.reply is not None
         if prompt.stopped:  # before there was a reply to cancel
             self._cancel(prompt.reply)
@@ -162,7 +162,7 @@ class ChatConnection:
                 await self.send(self.protocol.waiting(ahead))
 
     def remember(self, conversation: list[Message]) -> None:
-        """Take note of one more exchange, which is the last of the conversation."""
+        """Store the conversation, which ends with one new exchange."""
         self.conversation = conversation
         self.spoken += 2
 
@@ -176,7 +176,7 @@ class ChatConnection:
                 await self.ws.send_text(message)
 
     def _limit_rate(self, message: ASGIMessage) -> None:
-        """Raise TooManyWaiting for a flood: Serve would keep all of it, and all answers to it."""
+        """Raise TooManyWaiting for a flood: Serve would keep all its messages and their answers."""
         size = len(message.get("text") or message.get("bytes") or "")
         if (now := time.monotonic()) > self.second + 1:
             self.second, self.received = now, 0
@@ -188,7 +188,7 @@ class ChatConnection:
         self.bot.engine.cancel(streamer_of(reply))
 
     async def _end(self, prompt: Prompt, end: ReplyState | Exception) -> None:
-        """Send the end of a reply, or its error; the plain protocol closes the socket with it."""
+        """Send a reply's end or its error. In the plain protocol, an error closes the socket."""
         self.unanswered.remove(prompt)
         if isinstance(end, ReplyState):
             self.bot.metrics.count("cancelled" if end.cancelled else "finished")
@@ -206,12 +206,12 @@ class ChatConnection:
         await self.send(error)
 
     async def _end_when_draining(self) -> None:
-        """Let the prompts that are there be answered, and end the connection then."""
+        """When draining begins, end the connection once the prompts in the queue are answered."""
         await self.bot.drain.begun.wait()
         self.prompts.put_nowait(None)
 
 
 def streamer_of(reply: Reply) -> ReplyStreamer:
-    """Where the engine writes a reply, in a bot whose replies have a streamer each."""
+    """Return a reply's streamer, in a bot where each reply has its own."""
     assert isinstance(reply.state, ReplyStreamer)
     return reply.state

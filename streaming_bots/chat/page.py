@@ -20,14 +20,14 @@ def add_chat_page(api: FastAPI) -> None:
 
 
 async def show_page(options: ConnectionOptions) -> HTMLResponse:
-    """The page; its query says how replies are written, and is refused if it is wrong."""
+    """Return the page. Its query has the reply options, and is refused if it is wrong."""
     html, headers = read_page()
     return HTMLResponse(html, headers=headers)
 
 
 @cache
 def read_page() -> tuple[str, dict[str, str]]:
-    """The page and its headers, which are the same for every browser."""
+    """Return the page and its headers, which are the same for every browser."""
     html = PAGE.read_text(encoding="utf-8")
     return html, {
         "Content-Security-Policy": content_security_policy(html),
@@ -38,7 +38,7 @@ def read_page() -> tuple[str, dict[str, str]]:
 
 
 def content_security_policy(html: str) -> str:
-    """Allow the page's own script and style, by their hashes, and its own server to be asked."""
+    """Allow the page's own script and style, by their hashes, and requests to its own server."""
     hashes = {}
     for tag in ("script", "style"):
         (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

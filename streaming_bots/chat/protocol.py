@@ -1,20 +1,20 @@
-"""The two protocols in which a Chatbot and its clients speak over a WebSocket.
+"""The two protocols that a Chatbot and its clients speak over a WebSocket.
 
-Plain, the tutorial's: a text message from the client is a prompt. The reply comes in text messages,
-and a marker in a message of its own says that it is complete. An error closes the connection.
+The plain protocol is the tutorial's. A text message from the client is a prompt. The reply arrives
+in text messages, and a marker in a separate message ends it. An error closes the connection.
 
-`chat.v1`, for clients that offer this subprotocol: JSON objects in text messages, told apart by
-their `type`. An error answers the prompt that it concerns, and the conversation continues.
+If a client offers the subprotocol `chat.v1`, both sides send JSON objects in text messages, told
+apart by their `type`. An error answers the prompt that it concerns, and the conversation continues.
 
     client  {"type": "prompt", "prompt": "Hello!", "max_new_tokens": 20}   and other ReplyOptions
             {"type": "stop"}                       ends the replies to all prompts sent before it
-            {"type": "ping"}                       is anybody there? Browsers let no page ask
-    server  {"type": "waiting", "ahead": 3}        replies that must end first, as that changes
+            {"type": "ping"}                       checks the connection: browser pages cannot ping
+    server  {"type": "waiting", "ahead": 3}        replies that must end first, at each change
             {"type": "text", "text": "Hi"}         a piece of the reply
             {"type": "done", "finish_reason": "stop", "tokens": 7, "seconds": 0.21,
-             "messages": 6, "dropped": 2}          of the conversation: still seen by the model, not
+             "messages": 6, "dropped": 2}          messages that the model sees, and no longer sees
             {"type": "error", "detail": "a blank prompt has no reply"}
-            {"type": "pong"}                       at once, also between the pieces of a reply
+            {"type": "pong"}                       at once, even between the pieces of a reply
 """
 
 import json
@@ -42,7 +42,7 @@ CHAT_V1 = "chat.v1"
 
 
 class ChatProtocol(ABC):
-    """Reads what a client sends, and writes the text messages that it gets."""
+    """Reads the messages of a client, and writes the text messages that it gets."""
 
     subprotocol: str | None = None
 
@@ -50,14 +50,14 @@ class ChatProtocol(ABC):
         self.max_new_tokens = bot.max_new_tokens
         self.prompt_budget = bot.prompt_budget(options.max_new_tokens)
         self.max_prompt_tokens = bot.max_prompt_tokens  # beside the shortest reply
-        self.options = options.model_dump()  # of the connection; a prompt may have others
+        self.options = options.model_dump()  # the connection's; a prompt may have its own
 
     @abstractmethod
     def read(self, message: Message) -> TextRequest | Literal["stop", "ping"]:
-        """The prompt in a message, or what else it asks for. Raises a Refusal."""
+        """Return a message's prompt, or the "stop" or "ping" that it asks for. Raises a Refusal."""
 
     def waiting(self, ahead: int) -> list[str]:
-        """So many replies must end before this one begins."""
+        """Say that `ahead` replies must end before this one begins."""
         return []
 
     @abstractmethod
@@ -66,11 +66,11 @@ class ChatProtocol(ABC):
 
     @abstractmethod
     def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
-        """The end of a reply. Of all messages spoken, the model still sees the last `messages`."""
+        """The end of a reply. The model still sees the last `messages` of the `spoken` messages."""
 
     @abstractmethod
     def error(self, error: Exception) -> list[str] | None:
-        """What went wrong; None if closing the connection says it."""
+        """The error, or None if closing the connection reports it."""
 
     def pong(self) -> list[str]:
         return []
@@ -79,7 +79,7 @@ class ChatProtocol(ABC):
 def select_protocol(
     offered: Sequence[str], bot: Bot, options: ReplyOptions, end_of_response: str
 ) -> ChatProtocol:
-    """chat.v1 for a client that offers it, else the plain protocol."""
+    """Return chat.v1 for a client that offers it, and otherwise the plain protocol."""
     if CHAT_V1 in offered:
         return JsonProtocol(bot, options)
     return PlainProtocol(bot, options, end_of_response)
@@ -99,7 +99,7 @@ class PlainProtocol(ChatProtocol):
         return TextRequest.model_construct(prompt=text, **self.options)
 
     def text(self, text: str) -> list[str]:
-        """A piece that looks like the marker goes in two messages."""
+        """A piece that looks like the marker is sent in two messages."""
         return [text[:1], text[1:]] if text == self.end_of_response else [text]
 
     def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:

@@ -1,1 +1,1 @@
-"""How replies are computed, one at a time or in batches, and become text as they do."""
+"""The code that computes replies, one at a time or in batches, and decodes them to text."""

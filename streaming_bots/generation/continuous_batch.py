@@ -1,4 +1,4 @@
-"""The engine that writes many replies together: each joins and leaves the batch while it runs."""
+"""The engine that writes many replies together. Replies join and leave the running batch."""
 
 import logging
 
@@ -19,8 +19,8 @@ logger = logging.getLogger("ray.serve")
 class ContinuousBatch(Engine):
     """Adds requests to the ContinuousBatchingManager of transformers.
 
-    The manager's thread runs the model, one step for all requests of the batch at a time. It ends
-    with the process. If it fails, all replies end with BatchFailed.
+    The manager's thread runs the model. Each step computes all requests of the batch. The thread
+    ends with the process. If it fails, all replies end with BatchFailed.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class ContinuousBatch(Engine):
         rows = settings.max_batch_size or 1
         super().__init__(rows, settings, metrics)
         self.model = model
-        self.requests: dict[Streamer, str] = {}  # the id of each that the manager has
+        self.requests: dict[Streamer, str] = {}  # ids of the requests that the manager has
         self.added = 0
         context = batch_context(model, context)
         self.manager = start_manager(model, context, rows, settings.cache_tokens)
         watch_layers(model, self.watchdog.note_progress)
         self.cache_tokens = tokens_that_fit(self.manager)
-        self.context = min(context, self.cache_tokens)  # of a prompt and its reply
+        self.context = min(context, self.cache_tokens)  # tokens of a prompt and its reply
         in_cache = self.context == self.cache_tokens
         self.context_reason = f"; the cache has {self.cache_tokens}" if in_cache else ""
 
@@ -57,7 +57,7 @@ class ContinuousBatch(Engine):
         self.added += 1
         request = self.requests[streamer] = f"{self.added:015}"  # RoomScheduler sorts by it
         self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
-        # The manager's queue has no limit, so this does not block; Serve limits the requests.
+        # The manager's queue has no limit, so this does not block. Serve or `submit` limits it.
         added = self.manager.add_request(
             streamer.input_ids,
             request,
@@ -65,7 +65,7 @@ class ContinuousBatch(Engine):
             streaming=True,
             sampler=streamer.options.sampler(self.model.device),
         )
-        if added is None:  # it has just begun to end
+        if added is None:  # the manager has just begun to end
             self.give_up(BatchFailed("the model's thread is dead"))
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
@@ -85,17 +85,17 @@ class ContinuousBatch(Engine):
             if not (output.is_finished() or streamer.decoder.stopped):
                 return
             streamer.end()
-        except Exception as error:  # concerns this reply alone
+        except Exception as error:  # affects only this reply
             streamer.fail(error)
-        self._remove(streamer)  # its place is free, even if its client takes long to read it
+        self._remove(streamer)  # frees its place, even if its client reads slowly
 
     def _remove(self, streamer: Streamer) -> None:
         request = self.requests.pop(streamer, None)
         if request is None:
             return
         self.manager.cancel_request(request)
-        # The manager forgets a handler only at the end of its reply, and keeps output without a
-        # handler for somebody to fetch.
+        # The manager removes a handler only when its reply ends. It keeps output that has no
+        # handler until somebody fetches it.
         router = self.manager.output_router
         router.result_handlers.pop(request, None)
         while not router.output_queue.empty():

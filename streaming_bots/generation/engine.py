@@ -1,4 +1,4 @@
-"""What both engines share: their line, their watchdog, and how replies end."""
+"""The base class of both engines: their queue, their watchdog, and how replies end."""
 
 import asyncio
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger("ray.serve")
 
 
 class Streamer(Protocol):
-    """Receives what the model writes: the text of one reply, or the tokens of a batch."""
+    """Receives the model's output: the text of one reply, or the tokens of a batch."""
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads it any more, or it was read to its end."""
+        """Whether nobody reads it any more, or it has been read to its end."""
 
     def end(self) -> None: ...
     def fail(self, error: Exception) -> None: ...
@@ -30,34 +30,34 @@ class Streamer(Protocol):
 
 
 class Engine(ABC):
-    """Runs the model for the streamers that are submitted.
+    """Runs the model for the streamers that are submitted to it.
 
-    Every streamer ends: with its reply, with the exception of its run, or with ModelStalled after
-    `stall_timeout_s` seconds without progress. Must be created on the event loop, where all public
-    methods are called.
+    Every streamer ends with its reply, with the exception that its run raised, or with
+    ModelStalled after `stall_timeout_s` seconds without progress. The engine must be created on
+    the event loop, where all its public methods are called.
     """
 
     def __init__(
         self,
-        places: int,  # replies at once
+        places: int,  # how many streamers run at once
         settings: BotSettings,
-        metrics: BotMetrics | None,  # None: the bot itself counts what waits and what runs
+        metrics: BotMetrics | None,  # None: the bot itself counts waiting and running replies
     ) -> None:
         self.places = places
         self.metrics = metrics
         self.max_waiting = settings.max_waiting
-        self.submitted: dict[Streamer, None] = {}  # what the model has not ended, in order
-        self.running: set[Streamer] = set()  # of these, what it has begun
-        self.moved = asyncio.Event()  # set, and replaced, when either changes
+        self.submitted: dict[Streamer, None] = {}  # those that the model has not ended, in order
+        self.running: set[Streamer] = set()  # those of them that it has begun
+        self.moved = asyncio.Event()  # set and replaced when either of them changes
         self.error: Exception | None = None
         self.watchdog = Watchdog(
             settings.stall_timeout_s, lambda: bool(self.submitted), self.give_up
         )
 
     def submit(self, streamer: Streamer) -> None:
-        """Have a reply written when its turn comes, or at once if there is a free place.
+        """Queue a streamer. If a place is free, its reply begins at once.
 
-        Raises TooManyWaiting, and what has ended the engine.
+        Raises TooManyWaiting, or the error that ended the engine.
         """
         self.check()
         without_place = len(self.submitted) - self.places
@@ -69,9 +69,9 @@ class Engine(ABC):
         self._changed()
 
     async def line(self, streamer: Streamer) -> AsyncGenerator[int]:
-        """How many replies must end before it begins: whenever that changes, until it begins.
+        """Yield how many replies must end before this one begins, each time that number changes.
 
-        Nothing if there is a place for it.
+        Stops when the reply begins. If a place is free for it, yields nothing.
         """
         told = 0
         while not streamer.done:
@@ -85,20 +85,20 @@ class Engine(ABC):
                 return
 
     def in_progress(self) -> int:
-        """How many replies wait or are written, and still have a reader."""
+        """Return how many replies are waiting or being written, and still have a reader."""
         return sum(not streamer.done for streamer in self.submitted)
 
     @abstractmethod
     def cancel(self, streamer: Streamer) -> None:
-        """Stop its run, or leave its place to those behind it. Does nothing after its end."""
+        """Stop a streamer's run, or remove it from the queue. Does nothing after its end."""
 
     def check(self) -> None:
-        """Raise what has ended the engine, such as ModelStalled."""
+        """Raise the error that ended the engine, such as ModelStalled."""
         if self.error is not None:
             raise type(self.error)(*self.error.args)
 
     def give_up(self, error: Exception) -> None:
-        """Fail all replies, with one exception, so that it is logged once."""
+        """Fail all replies with the same exception, so that it is logged only once."""
         if self.error is None:
             self.error = error
             logger.error(f"{error}; Serve will replace this replica")
@@ -108,7 +108,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _start(self, streamer: Streamer) -> None:
-        """Have it written, at once or later."""
+        """Have the model run for a streamer, at once or later."""
 
     def _ahead(self, streamer: Streamer) -> int:
         earlier = 0
@@ -130,7 +130,7 @@ class Engine(ABC):
 
 
 def watch_layers(model: PreTrainedModel, note_progress: Callable[[], None]) -> None:
-    """Have it called before each layer computes, also when a long prompt is read for minutes."""
+    """Call `note_progress` before each layer computes, even in a prefill that takes minutes."""
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList):
             for layer in module:

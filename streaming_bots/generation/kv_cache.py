@@ -34,25 +34,25 @@ from streaming_bots.generation.padding import (
 )
 from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
 
-TOKENS_PER_ROW = 256  # of the cache, if all rows are taken
-TOKENS_OF_ONE = 8192  # at least, if the context has as many: what one reply alone may have
+TOKENS_PER_ROW = 256  # of the KV cache, if all rows are taken
+TOKENS_OF_ONE = 8192  # a single reply may have at least this many, or the whole context if less
 PAGE_SIZE = 32  # tokens
 CGROUP = Path("/sys/fs/cgroup")
-PROMPT_TOKENS_PER_STEP = 256  # longer prompts hold up the other replies no longer than that
+PROMPT_TOKENS_PER_STEP = 256  # limits how long the prefill of a long prompt delays other replies
 
 
 def start_manager(
     model: PreTrainedModel, context: int, rows: int, cache_tokens: int | None = None
 ) -> ContinuousBatchingManager:
-    """Start the thread that runs the model for all requests that are added, so many at once.
+    """Start the thread that runs the model for all added requests, up to `rows` of them at once.
 
-    Their cache has room for `cache_tokens`, by default for TOKENS_PER_ROW times the rows, or for
-    the context, up to TOKENS_OF_ONE, if that is more; half of the free memory at most. Raises
-    MemoryError if the cache does not fit, ValueError or the model's own error if it cannot
-    be batched so.
+    The KV cache has room for `cache_tokens`: by default TOKENS_PER_ROW times the rows, or the
+    context, up to TOKENS_OF_ONE, if that is more. It takes at most half of the free memory.
+    Raises MemoryError if the cache does not fit. Raises ValueError, or the model's own error, if
+    transformers cannot batch the model like this.
     """
-    # Before the manager changes how the model computes attention. The prompts are shorter than a
-    # page, or the manager would keep them to share.
+    # This comes before the manager changes how the model computes attention. The prompts are
+    # shorter than a page, since the manager would keep longer ones to share.
     lengths = {LENGTH, min(PAGE_SIZE - 2 * STEPS, context - STEPS)}
     alone = {length: in_a_thread(logits_of_reply, model, length) for length in lengths}
     SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
@@ -61,16 +61,16 @@ def start_manager(
         page_size=PAGE_SIZE,
         max_batch_tokens=rows + PROMPT_TOKENS_PER_STEP,
         max_requests_per_batch=rows,
-        allow_block_sharing=True,  # prompts that begin alike, as with a system prompt, do so once
-        # Samplers draw anew at each step, which a recorded graph would not, and know the rows of
-        # one step, which is done before the next one is prepared.
+        allow_block_sharing=True,  # prefills a common beginning, such as a system prompt, once
+        # Samplers draw new numbers at each step, and a recorded graph would not. They know the
+        # rows of one step only, so each step must end before the next one is prepared.
         use_cuda_graph=False,
         use_async_batching=False,
-        # Where flash attention is installed, it computes on a GPU only, and in no other numbers.
+        # If flash attention is installed, it computes only on a GPU, and only in 2-byte numbers.
         auto_switch_to_flash=model.device.type == "cuda" and model.dtype.itemsize == 2,
     )
-    # By default it would take most of the memory. On a CPU each step would cost accordingly, and on
-    # a GPU there may be other replicas.
+    # By default, the cache would take most of the memory. On a CPU, each step would then cost more
+    # time. On a GPU, there may be other replicas.
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
     tokens = min(wanted, free_memory(model) // 2 // bytes_per_token(model))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
@@ -89,9 +89,9 @@ def start_manager(
         except Exception as problem:
             problems.append(problem)
 
-    # Not in this thread: the manager's inherits `daemon` from the one that starts it, and the
-    # process must not wait for it. And a thread that has computed keeps its OpenMP threads, with
-    # which those of the manager's would have to share the cores.
+    # A daemon thread starts the manager. The manager's thread inherits `daemon` from it, so that
+    # the process does not wait for that thread. Also, a thread that has computed keeps its OpenMP
+    # threads, and this thread's would compete for the cores with those of the manager's thread.
     starter = threading.Thread(target=start, daemon=True)
     starter.start()
     starter.join()
@@ -104,9 +104,9 @@ def start_manager(
 def try_out(
     manager: ContinuousBatchingManager, model: PreTrainedModel, alone: dict[int, torch.Tensor]
 ) -> None:
-    """Write replies together: some models cannot, and some write nonsense then.
+    """Write replies together, as a test: some models cannot, and others then write nonsense.
 
-    `alone` has the logits of each reply alone, by the length of its prompt.
+    `alone` maps the length of each prompt to the logits of its reply when it is written alone.
     """
     recorders = {length: Recorder(model) for length in alone}
     for length, recorder in recorders.items():
@@ -129,9 +129,9 @@ def try_out(
 
 
 def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
-    """Tokens that one request may have in an empty cache.
+    """Return how many tokens one request may have in an empty cache.
 
-    Less than all, if layers with full and with sliding attention take whole sectors of it each.
+    Less than the whole cache if layers with full and sliding attention each take whole sectors.
     """
     cache = manager.batch_processor.cache
     nothing = RequestState("", [])
@@ -144,7 +144,7 @@ def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
 
 
 def free_memory(model: PreTrainedModel) -> int:
-    """Bytes that are free where the model is: on the GPU, or for this container on this machine."""
+    """Return the bytes free for the model: on its GPU, or for this container on this machine."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         return free
@@ -152,33 +152,33 @@ def free_memory(model: PreTrainedModel) -> int:
 
 
 def container_memory() -> Iterator[int]:
-    """Bytes that a container has left of its limit, by Linux' cgroups of both versions."""
+    """Yield the bytes left of a container's limit, by both versions of Linux's cgroups."""
     for folder, limit, used in (
         (CGROUP, "memory.max", "memory.current"),
         (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with suppress(OSError, ValueError):  # there are none, or the limit is "max"
+        with suppress(OSError, ValueError):  # there is no such file, or the limit is "max"
             statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-            # What is used holds files that have been read, which give way.
+            # The used bytes include cached files, which Linux drops when memory is needed.
             files = int(statistics.get("inactive_file", 0))
             limit_bytes, used_bytes = (int((folder / name).read_text()) for name in (limit, used))
             yield max(0, limit_bytes - used_bytes + files)
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """What the keys and values of one token take in the cache."""
+    """Return the bytes that the keys and values of one token take in the KV cache."""
     config = model.config.get_text_config()
     width = find_num_key_value_heads(config) * find_head_dim(config)
     return 2 * config.num_hidden_layers * width * model.dtype.itemsize
 
 
 class RoomScheduler(FIFOScheduler):
-    """Takes requests in again also when others have left, and none before its turn.
+    """Admits requests again after others are cancelled, and admits no request before its turn.
 
-    When the cache is full, the manager takes requests out of the batch, and nobody in until a reply
-    has come to its end. If all that run are cancelled first, that never happens. And it passes over
-    a request that does not fit, and puts one that made room at the end of the line: a long prompt
-    would wait as long as short ones come.
+    When the cache is full, the manager removes requests from the batch, and admits none until a
+    reply ends. If all running requests are cancelled first, that never happens. The manager also
+    skips a request that does not fit, and sends one that was removed to the end of the line. So a
+    long prompt would wait as long as short ones arrive.
     """
 
     name = "room"
@@ -194,11 +194,11 @@ class RoomScheduler(FIFOScheduler):
             return candidates
         self.cache.evict_cached_blocks()  # of replies that have ended
         self.cache.pool.try_to_free_sectors()
-        # Those behind it wait, too. Alone, it gets what there is.
+        # The requests behind it wait, too. When nothing runs, it gets what there is.
         return [] if self.active_requests and not self._fits(candidates[0]) else candidates
 
     def _fits(self, state: RequestState) -> bool:
-        """Whether the cache has room for a whole prompt now."""
+        """Whether the cache has room for the whole prompt now."""
         tokens = len(state.remaining_prefill_tokens)
         fits: bool = self.cache.can_store_request_tokens(state, tokens, dry_run=True)
         return fits
@@ -212,10 +212,10 @@ class RoomScheduler(FIFOScheduler):
 
 
 class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
-    """Lets each request have a `sampler`; None takes the most likely token.
+    """Lets each request have its own `sampler`; None takes the most likely token.
 
-    The processors that come with the manager sort the whole vocabulary for every row, also for
-    those that want the most likely token, and draw with torch's global generator.
+    The processors that come with the manager sort the whole vocabulary for every row, even if the
+    row takes the most likely token. They also draw with torch's global generator.
     """
 
     supported_kwargs: ClassVar[dict[str, Any]] = {"sampler": (Sampler, type(None))}

@@ -1,4 +1,4 @@
-"""The engine that writes one reply after the other, in a thread."""
+"""The engine that writes one reply after another, in a thread."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger("ray.serve")
 class ModelThread(Engine):
     """Calls `generate_text(streamer)` in its thread, for one streamer at a time.
 
-    There is one thread: a second would bring its own OpenMP team and compete for the same cores.
+    There is one thread: a second one would have its own OpenMP team, and compete for the cores.
     The thread ends with the replica's process, which must not wait for it, since it may hang.
     """
 
@@ -36,7 +36,7 @@ class ModelThread(Engine):
         super().__init__(1, settings, metrics)
         self.generate_text = generate_text
         self.loop = asyncio.get_running_loop()
-        self.jobs: SimpleQueue[Streamer] = SimpleQueue()  # one at most
+        self.jobs: SimpleQueue[Streamer] = SimpleQueue()  # at most one
         watch_layers(model, self.watchdog.note_progress)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
@@ -59,7 +59,7 @@ class ModelThread(Engine):
             self.jobs.put(streamer)
 
     def _ended(self, streamer: Streamer) -> None:
-        self.error = None  # if it had stalled, it was only slow
+        self.error = None  # if the model seemed stalled, it was only slow
         self.submitted.pop(streamer)
         self.running.remove(streamer)
         self._begin_next()
@@ -92,12 +92,12 @@ class ModelThread(Engine):
             self._on_loop(self._ended, streamer)
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the process ends
+        with suppress(RuntimeError):  # the loop is closed: the process is ending
             self.loop.call_soon_threadsafe(function, *arguments)
 
 
 def gpu_is_lost() -> bool:
-    """Whether an error has made the GPU useless to this process: everything later fails, too."""
+    """Whether an error has made the GPU unusable for this process, so that all later calls fail."""
     if not torch.cuda.is_initialized():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Padding: batches of prompts of unequal lengths, and how they continue when a row has ended."""
+"""Padding: batches of prompts of unequal lengths, and how they continue after a row ends."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,34 +9,34 @@ from transformers import DynamicCache, PreTrainedModel
 
 from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
 
-LENGTH = 4  # tokens, of the prompts that are tried and of the padding before one
+LENGTH = 4  # tokens of the prompts that are tried; sets the padding before them, too
 STEPS = 4  # tokens of the replies that are tried
 
-# Of the logits' standard deviation. What must not matter changes them by rounding alone, 1e-6 of it
-# in float32 and 1e-2 in bfloat16; what does, by 2e-3 of it at least.
+# In units of the logits' standard deviation. Rounding alone changes the logits by 1e-6 in float32
+# and by 1e-2 in bfloat16. Any difference that matters is at least 2e-3.
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
 
 Result = TypeVar("Result")
 
 
 def batch_context(model: PreTrainedModel, context: int) -> int:
-    """Tokens that a prompt and its reply may have where others share the run of the model.
+    """Return how many tokens a prompt and its reply may have when other rows share the run.
 
-    The positions of models with "longrope" (Phi-3's with 128k) change for all rows as soon as one
-    is longer than they were first trained with, so that a reply would depend on its neighbours.
+    In models with "longrope" (Phi-3's with 128k), all rows' positions change as soon as one row is
+    longer than the model's original context. A reply would then depend on its neighbours.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    for part in (rope, *rope.values()):  # one for all layers, or one for each kind of them
+    for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
         if isinstance(part, dict) and part.get("rope_type") == "longrope":
             context = min(context, part["original_max_position_embeddings"])
     return context
 
 
 def check_padding(model: PreTrainedModel) -> None:
-    """Raise ValueError if a reply would depend on the padding that others in the batch bring.
+    """Raise ValueError if a reply would depend on the padding that other rows make necessary.
 
-    Raises the model's own error if it cannot generate. Some models ignore the mask or, on padding,
-    move the positions of the prompt, and write something else than they would alone.
+    Raises the model's own error if it cannot generate. Some models ignore the mask, or shift the
+    prompt's positions by the padding. They then write different text than for the prompt alone.
     """
     alone, *padded = (
         in_a_thread(logits_of_reply, model, LENGTH, pads) for pads in (0, LENGTH // 2, 4 * LENGTH)
@@ -50,7 +50,7 @@ def check_padding(model: PreTrainedModel) -> None:
 
 
 def can_cut_cache(model: PreTrainedModel) -> bool:
-    """Whether rows can continue with their part of the cache when another row has ended.
+    """Whether rows can continue with their part of the KV cache after another row ends.
 
     Some models have no cache, keep some of it elsewhere, or read everything again on top of it.
     """
@@ -58,10 +58,10 @@ def can_cut_cache(model: PreTrainedModel) -> bool:
 
 
 def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
-    """What a model computes in a thread that ends.
+    """Run a computation of the model in a thread that then ends, and return its result.
 
-    One that has computed keeps its OpenMP threads as long as it lives, and those of the model's
-    thread would have to share the cores with them.
+    A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
+    for the cores with those of the model's thread.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(compute, *arguments).result()
@@ -70,10 +70,10 @@ def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
 def keep_rows(
     inputs: dict[str, torch.Tensor], output: Any, kept: list[int], cuts_cache: bool
 ) -> dict[str, Any]:
-    """What `generate` continues with when only the `kept` rows of a batch do.
+    """Return the inputs with which `generate` continues only the `kept` rows of a batch.
 
-    `inputs` are those of the run that gave `output`. Unless the model's cache can be cut, all is
-    computed again.
+    `inputs` are those of the run that gave `output`. If the model's KV cache cannot be cut,
+    `generate` computes all tokens again.
     """
     rows = torch.tensor(kept, device=output.sequences.device)
     input_ids, mask = output.sequences[rows], inputs["attention_mask"][rows]
@@ -89,7 +89,7 @@ def keep_rows(
 
 
 class Recorder(Sampler):
-    """Keeps the logits of a reply, and has always the same tokens follow, which do not end it."""
+    """Keeps the logits of a reply, and always draws the same tokens, none of which ends it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         its = model.generation_config.eos_token_id
@@ -110,13 +110,13 @@ class Recorder(Sampler):
 
 
 def prompt_of(model: PreTrainedModel, length: int) -> torch.Tensor:
-    """Token ids that differ, of shape (1, length)."""
+    """Return token ids that differ from each other, of shape (1, length)."""
     known = model.get_input_embeddings().num_embeddings
     return torch.arange(length, device=model.device)[None] % known
 
 
 def logits_of_reply(model: PreTrainedModel, length: int, pads: int = 0) -> torch.Tensor:
-    """Those of a reply to a prompt of such a length, with so many pads before it."""
+    """Return the logits of a reply to a prompt of `length` tokens, with `pads` pads before it."""
     recorder, prompt = Recorder(model), prompt_of(model, length)
     pad = model.generation_config.pad_token_id
     model.generate(
@@ -146,7 +146,7 @@ def try_cut(model: PreTrainedModel) -> bool:
 def next_token(
     model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, **options: Any
 ) -> Any:
-    """What `generate` returns; its logits are a list of one tensor of (rows, vocabulary size)."""
+    """Generate one token. The output's `logits` hold one tensor of (rows, vocabulary size)."""
     return model.generate(
         input_ids,
         attention_mask=mask,
@@ -158,7 +158,7 @@ def next_token(
 
 
 def are_alike(some: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits that were computed in such numbers differ by rounding alone."""
+    """Whether logits that were computed in `dtype` differ by rounding alone."""
     known = others.isfinite()  # tokens that a model never writes are minus infinity
     difference, spread = (some - others)[known].float(), others[known].float()
     tolerance = TOLERANCE if dtype.itemsize >= 4 else COARSE_TOLERANCE

@@ -1,4 +1,4 @@
-"""What is known of one reply while the model writes it."""
+"""The state of one reply while the model writes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class ReplyState:
     tokenizer: PreTrainedTokenizerBase
     input_ids: Sequence[int]  # the prompt's
     options: ReplyOptions
-    end_tokens: Sequence[int]  # of the model, any of which ends a reply
+    end_tokens: Sequence[int]  # the model's; any of them ends a reply
     # When the model wrote each token, by time.monotonic
     token_times: list[float] = field(default_factory=list, init=False)
     cancelled: bool = field(default=False, init=False)  # the reader has left or stopped it
@@ -30,7 +30,7 @@ class ReplyState:
 
     @property
     def finish_reason(self) -> str:
-        """Why it is over: "cancelled", "stop" (an end token or a stop string), or "length"."""
+        """Why it ended: "cancelled", "stop" (an end token or a stop string), or "length"."""
         if self.cancelled:
             return "cancelled"
         last = self.decoder.ids[-1:]

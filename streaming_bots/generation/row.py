@@ -8,8 +8,8 @@ import torch
 
 from streaming_bots.generation.reply import ReplyState
 
-ALWAYS_ALLOWED = 4096  # tokens of padding that any batch may have, since they are soon computed
-MAX_TOKENS = 32_768  # of all rows together, prompts and replies, whose cache must fit the memory
+ALWAYS_ALLOWED = 4096  # tokens of padding that any batch may have, since they take little time
+MAX_TOKENS = 32_768  # of all rows' prompts and replies, since their KV cache must fit in memory
 
 
 @dataclass(eq=False, repr=False)
@@ -17,8 +17,8 @@ class Row(ReplyState):
     """One prompt of a batch and the state of its reply."""
 
     device: torch.device | None = None
-    text: str = ""  # that was not taken yet
-    end: Exception | type[StopIteration] | None = None  # how it ended, once it has
+    text: str = ""  # not taken yet
+    end: Exception | type[StopIteration] | None = None  # how the row ended, once it has
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,17 +37,17 @@ class Row(ReplyState):
             ):
                 self.text += self.decoder.flush()
                 self.end = StopIteration
-        except Exception as error:  # concerns this row alone
+        except Exception as error:  # affects only this row
             self.end = error
 
     def take_text(self) -> str:
-        """The text that the tokens since the last call have completed."""
+        """Return the text that the tokens since the last call have completed."""
         text, self.text = self.text, ""
         return text
 
 
 def split_rows(rows: Sequence[Row], context: int) -> list[list[Row]]:
-    """Parts of a batch, usually one, whose rows may run together; short prompts first."""
+    """Split a batch into parts, usually one, whose rows may run together; short prompts first."""
     parts: list[list[Row]] = []
     for row in rows:
         part = next((part for part in parts if may_run_together([*part, row], context)), None)
@@ -61,8 +61,8 @@ def split_rows(rows: Sequence[Row], context: int) -> list[list[Row]]:
 def may_run_together(rows: Sequence[Row], context: int) -> bool:
     """Whether rows may share a run of the model, in which padding makes all prompts equally long.
 
-    The longest prompt and the longest reply must fit the context together, all rows MAX_TOKENS,
-    and the padding must be a fifth of the whole at most, unless it is soon computed.
+    The longest prompt and reply must fit the context together, and all rows must fit MAX_TOKENS.
+    Padding may be a fifth of the padded prompts, or ALWAYS_ALLOWED tokens if that is more.
     """
     prompts = [len(row.input_ids) for row in rows]
     padded = len(rows) * max(prompts)

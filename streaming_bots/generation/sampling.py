@@ -1,7 +1,7 @@
-"""How a reply is written: what a client may choose, and how the next token is drawn.
+"""How a reply is written: the options of a client, and how the next token is drawn.
 
-`generate` samples with torch's global generator, so what one request draws changes what the next
-one gets. Here every request has its own generator: the same `seed` draws the same reply again.
+`generate` samples with torch's global generator, so one request's draws change those of the next.
+Here every request has its own generator, so the same `seed` draws the same reply again.
 """
 
 import time
@@ -24,8 +24,8 @@ from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 class Sampler:
     """Draws the tokens of one reply.
 
-    `temperature`, over 0, divides the logits; then the `top_k` most likely tokens stay (0: all),
-    and of those the fewest whose probabilities add up to `top_p`.
+    First, `temperature`, which is over 0, divides the logits. Then the `top_k` most likely tokens
+    stay (0: all), and finally only the fewest of these whose probabilities add up to `top_p`.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Sampler:
             self.generator.manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores whose largest is at the token drawn; both of shape (vocabulary size,).
+        """Map logits to scores whose maximum is at the drawn token; both are (vocabulary size,).
 
-        The largest of logits with Gumbel noise is a draw from their distribution (Maddison,
-        Tarlow and Minka, 2014, https://arxiv.org/abs/1411.0030). So greedy decoding, which takes
-        the most likely token, takes this one.
+        The maximum of logits with Gumbel noise is a draw from their distribution (Maddison,
+        Tarlow and Minka, 2014, https://arxiv.org/abs/1411.0030). Greedy decoding then takes this
+        token, since it takes the one with the largest score.
         """
-        # Subtracting the largest first keeps a small temperature from making many of them infinite.
+        # Subtracting the largest logit keeps a small temperature from making many logits infinite.
         scores = (logits.float() - logits.max()).unsqueeze(0) / self.temperature
         for keep in self.filters:
             scores = keep(None, scores)
@@ -77,12 +77,12 @@ class SamplingLogitsProcessor(LogitsProcessor):
         return scores
 
 
-MIN_TEMPERATURE = 1e-6  # below, float32 would divide by zero, and the most likely token is certain
+MIN_TEMPERATURE = 1e-6  # below it, float32 would divide by zero, and the draw is certain anyway
 StopString = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 def refuse_boolean(value: object) -> object:
-    """Raise ValueError for what Pydantic would take for 0 or 1."""
+    """Raise ValueError for a boolean, which Pydantic would take for 0 or 1."""
     if isinstance(value, bool):
         raise ValueError("a number is needed")
     return value
@@ -93,13 +93,13 @@ Real = Annotated[float, BeforeValidator(refuse_boolean)]
 
 
 class ReplyOptions(BaseModel):
-    """Greedy, unless one of the options asks for sampling.
+    """The options of a reply, which is greedy unless one of them asks for sampling.
 
     Validated with the context `{"limit": <the bot's max_new_tokens>}`.
     """
 
     model_config = ConfigDict(extra="forbid")
-    whole: ClassVar[bool] = False  # nothing of a conversation may be dropped to make it fit
+    whole: ClassVar[bool] = False  # if true, no message may be dropped to make a conversation fit
 
     max_new_tokens: Integer = Field(
         description="The most tokens of the reply: at most the bot's own limit, the default.",
@@ -151,7 +151,7 @@ class ReplyOptions(BaseModel):
         return [value] if isinstance(value, str) else value
 
     def sampler(self, device: torch.device | None) -> Sampler | None:
-        """What draws the tokens of this reply; None takes the most likely ones."""
+        """Return the sampler that draws this reply's tokens; None takes the most likely ones."""
         temperature, asked = self.temperature, (self.top_p, self.top_k, self.seed)
         if temperature is None:
             temperature = 0.0 if asked == (None, None, None) else 1.0

@@ -1,7 +1,7 @@
-"""The text of one reply, from the thread that runs the model to the event loop.
+"""Streamers, which carry a reply's text from the model's thread to the event loop.
 
-`model.generate` runs in a thread and calls its streamer once for each token; a coroutine reads
-the streamer on the event loop. Nobody polls: a token wakes the loop.
+`model.generate` runs in a thread, and calls its streamer once for each token. A coroutine reads
+the streamer on the event loop. Nothing polls: a token wakes the loop.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from streaming_bots.generation.reply import ReplyState
 
 # A chunk of a response costs Serve and its proxy 0.8 ms of two cores, more than a token costs a
 # small model. So each further reply that is written at the same time adds this much to the
-# interval between two chunks: tokens of a fast model travel together, those of a slow one alone.
+# interval between two chunks. A fast model's tokens travel together, a slow model's alone.
 SECONDS_PER_CHUNK = 0.004
 
 Item = TypeVar("Item")
 
 
 def min_interval(replies: int) -> float:
-    """Seconds between two chunks of a reply, at least, if so many replies are written at once."""
+    """Return the least seconds between two chunks of a reply while `replies` are being written."""
     return SECONDS_PER_CHUNK * (replies - 1)
 
 
@@ -36,11 +36,11 @@ class End(NamedTuple):
 
 
 class TokenQueue(Generic[Item]):
-    """Takes tokens, or their text, in any thread and gives them to one reader on the event loop.
+    """Takes tokens, or their text, in any thread, and gives them to one reader on the event loop.
 
-    Read it with `async for`: each time a list of all items that are there, in order. The first
-    item comes at once, each further list at least `min_interval` seconds after the one before, and
-    the end at once. Must be created on the event loop.
+    Read it with `async for`, which yields lists of all items that are there, in order. The first
+    list comes at once, and each further one at least `min_interval` seconds after the last. The
+    end also comes at once. Must be created on the event loop.
     """
 
     def __init__(self, min_interval: float = 0.0) -> None:
@@ -59,7 +59,7 @@ class TokenQueue(Generic[Item]):
             self.loop.call_soon_threadsafe(self.arrived.set)
 
     def end(self, error: Exception | None = None) -> None:
-        """Nothing that is put later is read; `error` is raised where the queue is read."""
+        """End the queue: later items are never read, and any `error` is raised in the reader."""
         self.items.append(End(error))
         self.loop.call_soon_threadsafe(self._announce_end)
 
@@ -93,12 +93,12 @@ class TokenQueue(Generic[Item]):
 
 @dataclass(eq=False, repr=False)
 class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
-    """The text of one reply: `generate` writes it in its thread, `async for` reads it.
+    """The text of one reply: `generate` writes it in its thread, and `async for` reads it.
 
-    Pass it to `generate` twice, as `streamer` and in `stopping_criteria`. It adds what the
-    streamers of transformers lack: text leaves as soon as a token completes a character instead of
-    at the next space, a failure reaches the reader (`fail`), a reader who leaves stops the model
-    (`cancel`), and so does a `stop` string. Must be created on the event loop.
+    Pass it to `generate` twice, as `streamer` and in `stopping_criteria`. Unlike the streamers of
+    transformers, it sends text as soon as a token completes a character, not at the next space. It
+    passes a failure to the reader (`fail`). It stops the model if the reader leaves (`cancel`),
+    and at a `stop` string. Must be created on the event loop.
     """
 
     text: TokenQueue[str] = field(default_factory=TokenQueue, init=False)
@@ -108,7 +108,7 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads it any more, or it was read to its end."""
+        """Whether nobody reads it any more, or it has been read to its end."""
         return self.cancelled or self.read_to_end
 
     # Called in the model's thread
@@ -117,7 +117,7 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
         """Take the prompt, shape (1, prompt length), and then one token at a time, shape (1,)."""
         if not self.seen_prompt:
             self.seen_prompt = True
-        elif not self.decoder.stopped:  # otherwise `generate` learns of it at its next step
+        elif not self.decoder.stopped:  # else `generate` stops after one more token
             self.add(int(value))
 
     def add(self, token: int) -> None:
@@ -127,14 +127,14 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
             self.text.put(text)
 
     def end(self) -> None:
-        """The reply is complete."""
+        """Complete the reply."""
         if text := self.decoder.flush():
             self.text.put(text)
         self.complete = True
         self.text.end()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Whether to stop, shape (1,): `generate` asks after each token."""
+        """Tell `generate`, which asks after each token, whether to stop; shape (1,)."""
         stop = self.cancelled or self.decoder.stopped
         return torch.full(input_ids.shape[:1], stop, device=input_ids.device)
 
@@ -148,11 +148,11 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
     # Called in both
 
     def fail(self, error: Exception) -> None:
-        """End the stream with an exception, which its reader gets."""
+        """End the stream with an exception, which is raised in its reader."""
         self.text.end(error)
 
     def cancel(self) -> None:
-        """Stop `generate` at its next token, or before its first. The reader gets what is there.
+        """Stop `generate` at its next token, or before its first. The reader gets the text so far.
 
         A complete reply stays complete.
         """

@@ -1,4 +1,4 @@
-"""Notices that a model makes no progress."""
+"""A watchdog that notices when a model makes no progress."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ class Watchdog:
         self.stall_timeout_s = stall_timeout_s
         self.has_work = has_work
         self.give_up = give_up
-        self.progress = 0.0  # when there last was some, by time.monotonic
+        self.progress = 0.0  # when the model last made some, by time.monotonic
         self.watching: asyncio.TimerHandle | None = None
 
     def note_progress(self) -> None:
@@ -40,15 +40,15 @@ class Watchdog:
         self.watching = loop.call_later(seconds, self._look, stood_at)
 
     def _look(self, stood_at: float | None) -> None:
-        """Look for progress; `stood_at` is the last one if the model already seemed to hang."""
+        """Check for progress. `stood_at` is the last one if the model already seemed to hang."""
         self.watching = None
         if not self.has_work():
-            return  # until there is more
+            return  # until there is work again
         progress = self.progress
         if (left := progress + self.stall_timeout_s - time.monotonic()) > 0:
             self._look_in(left)
         elif progress != stood_at:
-            # The whole process may have been suspended; the model then continues only now.
+            # If the whole process was suspended, the model continues only now. So check once more.
             self._look_in(self.stall_timeout_s / 10, progress)
         else:
             self.give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))

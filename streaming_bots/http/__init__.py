@@ -1,1 +1,1 @@
-"""Requests and responses, and what stands around them."""
+"""HTTP requests and responses, and the code around them."""

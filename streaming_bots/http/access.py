@@ -1,4 +1,4 @@
-"""Middleware that lets only those use a bot whom its settings allow."""
+"""Middleware that admits only the clients that a bot's settings allow."""
 
 import base64
 import binascii
@@ -18,22 +18,22 @@ from streaming_bots.bot import Bot, current_bot
 
 BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
-# By these headers Serve lets a client decide what is the operator's: whether an abandoned request
-# continues, and with which requests it may share a batch. Serve does not tell `_` from `-`.
+# With these headers, a client would decide for the operator whether an abandoned request continues,
+# and which requests may share a batch with it. Serve takes `_` for `-`.
 STEERING = {"x-request-disconnect-disabled", "serve-multiplexed-model-id"}
-TIMEOUT = "x-request-timeout-seconds"  # a client may have its own, but 0 would be none
+TIMEOUT = "x-request-timeout-seconds"  # a client may set its own, but 0 would mean none
 MAX_PARAMETERS = 50  # of a query
 
 
 class AccessMiddleware:
-    """Keeps out whoever this replica's settings do not let in."""
+    """Keeps out all clients that this replica's settings do not allow."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.guarded: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":  # comes before the first request, and before the bot
+        if scope["type"] == "lifespan":  # comes before the first request, when there is no bot yet
             await self.app(scope, receive, send)
             return
         if self.guarded is None:
@@ -42,17 +42,17 @@ class AccessMiddleware:
 
 
 def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
-    """The app behind all checks: host, origin, the key if there is one, headers."""
+    """Return the app behind all checks: host, origin, the key if there is one, and headers."""
     app = CheckMiddleware(app, check_head)
     app = KeyMiddleware(app, bot.api_key) if bot.api_key else app
-    # Inside the check of the origin, since CORS alone lets every request through: it only keeps
-    # the page from reading the answer. Outside that of the key: a browser asks first whether it
-    # may send one.
+    # CORS is inside the origin check, since CORS alone lets every request through, and only keeps
+    # the page from reading the answer. It is outside the key check, since a browser first asks
+    # whether it may send a key.
     app = CORSMiddleware(
         app,
         allow_origins=bot.settings.allowed_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["*"],  # SDKs send some of their own; check_head refuses what it must
+        allow_headers=["*"],  # SDKs send some of their own; check_head refuses bad ones
         expose_headers=["X-Model", "Retry-After"],
     )
     origins = bot.settings.allowed_origins
@@ -61,7 +61,7 @@ def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
 
 
 class CheckMiddleware:
-    """Answers with what `check` returns for a request, and lets it through if that is None."""
+    """Answers a request with the response of `check`, or lets it through if that is None."""
 
     def __init__(self, app: ASGIApp, check: Callable[[Scope], Response | None]) -> None:
         self.app = app
@@ -72,7 +72,7 @@ class CheckMiddleware:
 
 
 def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | None:
-    """403 for a web page that is neither the bot's own nor allowed."""
+    """Return a 403 for a web page that is neither the bot's own nor allowed."""
     headers = Headers(scope=scope)
     for origin in headers.getlist("origin"):
         if not ({"*", origin} & set(allowed_origins) or is_own(origin, headers.get("host", ""))):
@@ -82,8 +82,8 @@ def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | Non
 
 def is_own(origin: str, host: str) -> bool:
     """Whether a web page comes from the bot's own host and port."""
-    # The bot sees http also where a proxy before it speaks https, so the scheme only says which
-    # port is meant by none.
+    # If a proxy before the bot speaks https, the bot still sees http. So the scheme only gives the
+    # port for addresses without one.
     try:
         page = urlsplit(origin)
         own = urlsplit(f"//{host}")
@@ -92,12 +92,12 @@ def is_own(origin: str, host: str) -> bool:
             own.hostname,
             own.port or port,
         )
-    except (ValueError, KeyError):  # "null", a port that is no number, another scheme
+    except (ValueError, KeyError):  # "null", a port that is not a number, or another scheme
         return False
 
 
 def check_head(scope: Scope) -> Response | None:
-    """400 for a header by which a client would steer Serve, 422 for too long a query."""
+    """Return a 400 for a header that would steer Serve, or a 422 for too long a query."""
     for name, value in Headers(scope=scope).items():
         if steers(name.replace("_", "-"), value):
             return JSONResponse({"detail": f"the header {name} is not a client's to set"}, 400)
@@ -119,12 +119,12 @@ def is_positive(seconds: str) -> bool:
 
 
 class KeyMiddleware:
-    """401 without the key, except for the page on which a person types it, `GET /`.
+    """Answers 401 without the key, except for the page on which a person types it, `GET /`.
 
-    That page gets WWW-Authenticate, which tells it that a key is needed.
+    The page's response has the header WWW-Authenticate, which tells the page to ask for a key.
 
     HTTP and WebSocket clients send `Authorization: Bearer <key>`. A browser cannot do that on a
-    WebSocket; it offers the subprotocols `chat.v1` and `bearer.<key in base64url>` instead.
+    WebSocket, so it offers the subprotocols `chat.v1` and `bearer.<key in base64url>` instead.
     """
 
     def __init__(self, app: ASGIApp, key: bytes) -> None:
@@ -132,7 +132,7 @@ class KeyMiddleware:
         self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Every key is compared, in constant time: how long it takes tells nothing about ours.
+        # Every key is compared, in constant time, so that the duration tells nothing about ours.
         if any([compare_digest(key, self.key) for key in _keys(scope)]):
             await self.app(scope, receive, send)
         elif _asks_for_page(scope):
@@ -157,7 +157,7 @@ def _asks_for_page(scope: Scope) -> bool:
 
 
 def _keys(scope: Scope) -> Iterable[bytes]:
-    """The keys that a request carries."""
+    """Yield the keys that a request carries."""
     for value in Headers(scope=scope).getlist("authorization"):
         scheme, _, key = value.partition(" ")
         if scheme.lower() == "bearer":

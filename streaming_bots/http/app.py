@@ -1,4 +1,4 @@
-"""The FastAPI app of a bot, with everything that stands around its routes."""
+"""The FastAPI app of a bot, with the middleware and error handlers around its routes."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from streaming_bots.settings import RETRY_AFTER_S
 
 
 def create_app(title: str) -> FastAPI:
-    """An app with OpenAI's routes, for `serve.ingress`; a bot adds its own."""
+    """Return an app with OpenAI's routes for `serve.ingress`. The bot adds its own routes."""
     handlers: dict[Any, Any] = {
         Refusal: answer_refusal,
         WebSocketRequestValidationError: refuse_handshake,
@@ -44,6 +44,6 @@ async def answer_refusal(request: Request, error: Exception) -> JSONResponse:
 
 
 async def refuse_handshake(ws: WebSocket, error: Exception) -> None:
-    """Answer a WebSocket's handshake whose query is wrong; `error` says how."""
+    """Refuse a WebSocket handshake whose query is wrong; `error` says how."""
     assert isinstance(error, WebSocketRequestValidationError)
     await ws.send_denial_response(JSONResponse({"detail": error.errors()}, status_code=422))

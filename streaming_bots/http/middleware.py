@@ -1,4 +1,4 @@
-"""Middleware around every bot's routes: outcomes are counted, responses name the model."""
+"""Middleware around every bot's routes. It counts outcomes, and names the model in responses."""
 
 from urllib.parse import quote
 
@@ -12,13 +12,13 @@ from streaming_bots.bot import current_bot
 from streaming_bots.errors import describe
 
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
-CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)  # what `receive` raises then
+CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)  # what `receive` raises after a disconnect
 
 
 class OutcomeMiddleware:
-    """Counts the outcome of each POST, and of WebSocket handshakes that are refused.
+    """Counts the outcome of each POST, and of each WebSocket handshake that is refused.
 
-    A Chatbot counts what comes over a WebSocket itself, prompt by prompt.
+    A Chatbot itself counts the prompts that arrive over a WebSocket.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -53,12 +53,12 @@ class OutcomeMiddleware:
 
 
 class BotMiddleware:
-    """What all responses of a bot have in common, for those who may use it.
+    """Adds what all responses of a bot have in common, for clients that may use it.
 
-    `X-Model` names the model, in ASCII. A failure before the first byte is a 500 that tells no more
-    than its kind, which web pages of other hosts can read as well; the exception goes on to Serve,
-    which logs its traceback. A route prefix alone, `/chatbot`, is the bot's `/`: Starlette would
-    redirect to it, but clients of WebSockets need not follow a redirect.
+    `X-Model` names the model, in ASCII. A failure before the first byte is a 500 that tells only
+    its type. Web pages of other hosts can read it, too. The exception is passed to Serve, which
+    logs its traceback. A route prefix alone, `/chatbot`, is the bot's `/`. Starlette would redirect
+    to it, but WebSocket clients need not follow a redirect.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""`POST /`: what it takes and answers, for FastAPI, which cannot see what `read_request` reads."""
+"""Describes `POST /` to FastAPI, which cannot see what `read_request` reads."""
 
 from typing import Annotated, Any
 
@@ -11,13 +11,13 @@ PromptRequest = Annotated[TextRequest, Depends(read_request)]
 
 
 def _property(schema: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a parameter that is given; one that may be left out has a null, too."""
+    """Return the JSON schema of a parameter, without the null of one that may be left out."""
     given: dict[str, Any] = next(iter(schema.get("anyOf", [])), {})
     return {key: schema[key] for key in schema.keys() - {"anyOf", "default", "title"}} | given
 
 
 def described(description: str, media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """A body or response in OpenAPI."""
+    """Return the description of a body or a response in OpenAPI."""
     return {"description": description, "content": {media_type: {"schema": schema}}}
 
 

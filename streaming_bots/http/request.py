@@ -1,4 +1,4 @@
-"""What a client asks for: a prompt and its options, from the query or a JSON body, validated."""
+"""Reads a client's prompt and its options from the query or a JSON body, and validates them."""
 
 import asyncio
 import json
@@ -16,20 +16,20 @@ from streaming_bots.errors import BodyTimeout, BodyTooLong
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.prompt import bytes_allowed
 
-# Whatever a client sends is parsed on the event loop, while all others wait. Text takes next to no
-# time, but each value of its own takes Python half a microsecond.
+# A client's request is parsed on the event loop, while all other clients wait. Text takes next to
+# no time, but each separate value takes Python half a microsecond.
 MAX_BYTES_OUTSIDE_STRINGS = 4096
 STRING = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
-ESCAPED = 3  # times as long is text of which each character is written as \uXXXX
-BODY_TIMEOUT_S = 10.0  # half a body would keep a place among the requests
-MAX_PROBLEMS = 5  # that an answer tells
+ESCAPED = 3  # times as long, at most, is non-ASCII text whose characters are written as \uXXXX
+BODY_TIMEOUT_S = 10.0  # an incomplete body would hold a place among the requests
+MAX_PROBLEMS = 5  # that a response lists
 MAX_NAME = 100  # characters of a parameter's name in it
 
 Model = TypeVar("Model", bound=ReplyOptions)
 
 
 class TextRequest(ReplyOptions):
-    """A prompt and how its reply is written."""
+    """A prompt, and how its reply is written."""
 
     prompt: str = Field(
         description="What to reply to, not blank; needed in one of the two places.",
@@ -45,7 +45,7 @@ class TextRequest(ReplyOptions):
 
 
 def query_fields(query: QueryParams) -> dict[str, Any]:
-    """The fields of a query; of those that may be repeated, a list."""
+    """Return the fields of a query. A field that may be repeated is a list."""
     fields: dict[str, Any] = dict(query)
     if "stop" in fields:
         fields["stop"] = query.getlist("stop")
@@ -67,7 +67,7 @@ def check_structure(text: str, allowed: int) -> None:
 def parse_object(
     data: str | bytes, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS
 ) -> dict[str, Any]:
-    """A JSON object. Raises ValueError with what is wrong, as "is not a JSON object"."""
+    """Parse a JSON object. Raises ValueError with the problem, such as "is not a JSON object"."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -87,14 +87,14 @@ def parse_object(
 
 
 def json_allowed(tokens: int, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> int:
-    """The most bytes that JSON with a prompt of so many tokens can need."""
+    """Return the most bytes that JSON with a prompt of `tokens` tokens can need."""
     return ESCAPED * bytes_allowed(tokens) + outside_strings
 
 
 async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> bytes:
-    """The body of a request.
+    """Read the body of a request.
 
-    Raises BodyTooLong if no prompt that fits can need so much, and BodyTimeout.
+    Raises BodyTooLong if no prompt that fits can need that many bytes, and BodyTimeout.
     """
     allowed = json_allowed(current_bot().max_prompt_tokens, outside_strings)
     body = bytearray()
@@ -110,9 +110,9 @@ async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_S
 
 
 async def read_request(request: Request) -> TextRequest:
-    """The request's parameters: from the query, or from a JSON body with the same names.
+    """Read the request's parameters, from the query or from a JSON body with the same names.
 
-    A request that does not limit the reply gets the deployment's `max_new_tokens`, and none may
+    A request that does not limit the reply gets the deployment's `max_new_tokens`. No request may
     ask for more. Raises RequestValidationError (422), which names the field.
     """
     given, place = query_fields(request.query_params), "query"
@@ -129,17 +129,17 @@ async def read_request(request: Request) -> TextRequest:
 
 
 def not_json(error: ValueError) -> RequestValidationError:
-    """What parse_object has found wrong with a body."""
+    """Return the validation error for a body that parse_object has refused."""
     return RequestValidationError(
         [{"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}]
     )
 
 
 async def read_options(connection: HTTPConnection) -> ReplyOptions:
-    """The options of a connection's replies, from the query of its handshake, or of its page.
+    """Read the options of a connection's replies, from the query of its handshake or its page.
 
-    Raises WebSocketRequestValidationError, with which the handshake is refused, or for the page
-    RequestValidationError (422).
+    Raises WebSocketRequestValidationError, with which the handshake is refused. For the page,
+    raises RequestValidationError (422).
     """
     try:
         return _validate(ReplyOptions, query_fields(connection.query_params))
@@ -156,7 +156,7 @@ def _validate(kind: type[Model], given: dict[str, Any]) -> Model:
 
 
 def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:
-    """What FastAPI says in the `detail` of a 422: the first of the problems, with short names."""
+    """Return the `detail` of FastAPI's 422: the first of the problems, with short names."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     return [
         {**problem, "loc": (place, *(shorten(name) for name in problem["loc"]))}

@@ -1,4 +1,4 @@
-"""The response that streams a reply as text."""
+"""The responses that stream a reply as text."""
 
 from collections.abc import AsyncGenerator, Mapping
 
@@ -9,10 +9,10 @@ from streaming_bots.bot import Reply
 
 
 class TextStream(StreamingResponse):
-    """A reply as plain UTF-8, which is closed however the stream ends.
+    """Streams a reply as plain UTF-8, and closes it however the stream ends.
 
-    Starlette alone leaves the reply to the garbage collector if the client goes away while a chunk
-    is being sent. Until then the model would generate for nobody.
+    If the client disconnects while a chunk is being sent, Starlette alone leaves the reply to the
+    garbage collector. Until it is collected, the model would generate for nobody.
     """
 
     media_type = "text/plain"
@@ -29,7 +29,7 @@ class TextStream(StreamingResponse):
 
     @classmethod
     async def start(cls, reply: Reply | AsyncGenerator[str]) -> "TextStream":
-        """Wait for the first text: a failure before it can still become a status code."""
+        """Wait for the first text, since a failure before it can still become a status code."""
         chunks = reply.chunks if isinstance(reply, Reply) else reply
         return cls(await anext(chunks, ""), chunks)
 

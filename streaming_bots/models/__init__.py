@@ -1,1 +1,1 @@
-"""A language model by name, and a conversation as token ids that fit it."""
+"""The code that loads a language model by its name, and tokenizes conversations to fit it."""

@@ -1,4 +1,4 @@
-"""A language model by name: from the hub, a folder, GGUF weights, or the bundled one."""
+"""Loads a language model by its name: from the hub, a folder, GGUF weights, or the bundled one."""
 
 import logging
 from typing import NamedTuple
@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class LoadedModel(NamedTuple):
-    name: str  # what answers, for the header X-Model
+    name: str  # the name that clients see, in the header X-Model
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context: int  # tokens that a prompt and its reply may have together
@@ -35,9 +35,9 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     `name` is a hub id, a folder, `<folder or hub id>:<file>.gguf`, or "tiny-dialog", the bundled
-    model. If it is not available, `fallback` is loaded in its place, with a warning; without one,
-    ModelError is raised. `device` is torch's: "cpu", or "cuda" for the first GPU that this process
-    sees, which in a replica is the one that Ray has reserved for it. Replies are greedy, whatever
+    model. If it is not available, this loads `fallback` with a warning. Without a fallback, it
+    raises ModelError. `device` is torch's: "cpu", or "cuda" for the first GPU that this process
+    sees. In a replica, that is the GPU that Ray has reserved for it. Replies are greedy, whatever
     the model's generation_config.json says.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -66,10 +66,10 @@ def load_model(
 
 
 def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:
-    """Read a model's configuration and tokenizer, which is quick, without its weights.
+    """Read a model's configuration and tokenizer, but not its weights, which makes this quick.
 
-    Returns its name, with an absolute folder, its tokenizer and its context length. Raises
-    ModelError for what load_model would find out only when a replica starts.
+    Returns its name, in which a folder is absolute, its tokenizer and its context length. Raises
+    ModelError for problems that load_model would find only when a replica starts.
     """
     source = resolve(name)
     config, tokenizer = read(source)
@@ -77,12 +77,12 @@ def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:
 
 
 def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The model's configuration and tokenizer, without its weights."""
+    """Read the model's configuration and tokenizer, but not its weights."""
     try:
         config = AutoConfig.from_pretrained(source.place, **source.options)
     except Exception as error:
         raise source.problem("the configuration cannot be read", error) from error
-    # Encoders such as BERT read what comes after a token, too, unless they are told not to.
+    # Encoders such as BERT also read the tokens that follow a token, unless they are told not to.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
         getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     )
@@ -97,7 +97,7 @@ def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
 
 
 def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that fit the model; a huge number for an architecture without a limit."""
+    """Return how many tokens fit the model: a huge number if its architecture has no limit."""
     text_config = config.get_text_config()
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
         if isinstance(length := getattr(text_config, name, None), int):
@@ -106,12 +106,12 @@ def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The most likely token at each step, until a token that ends the reply; nothing else.
+    """Return a config for the most likely token at each step, until a token that ends the reply.
 
-    Of the model's own generation config only the tokens that end a reply are kept: sampling,
-    beams, penalties and length limits are for a request to ask for.
+    It keeps only the end tokens of the model's own generation config. Sampling, beams, penalties
+    and length limits in that config do not apply, since a request asks for what it wants.
     """
-    # The chat template may end a turn with another token than the model's configuration knows.
+    # The chat template may end a turn with a token that the model's configuration does not name.
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     # Any token will do for padding, since the attention mask hides it, but the model must know it.

@@ -1,4 +1,4 @@
-"""Says how the loading of a model goes, which can take minutes."""
+"""Logs the progress of loading a model, which can take minutes."""
 
 import logging
 import threading
@@ -18,9 +18,9 @@ logger = logging.getLogger("ray.serve")
 
 @contextmanager
 def report_progress(source: Source) -> Iterator[None]:
-    """Log, every few seconds, how much of the model has come from the hub, and how long it takes.
+    """Log every few seconds how much of the model is downloaded, and how long the loading takes.
 
-    The progress bars of the hub's library overwrite one line, and Ray shows whole lines only.
+    The progress bars of the hub's library overwrite one line, but Ray shows only whole lines.
     """
     began, done = time.monotonic(), threading.Event()
 
@@ -40,10 +40,10 @@ def report_progress(source: Source) -> Iterator[None]:
 
 
 def downloaded_mb(source: Source) -> float:
-    """What the Hugging Face cache holds of a model, with files that are not complete yet."""
+    """Return how much of a model the Hugging Face cache holds, including incomplete files."""
     blobs = Path(HF_HUB_CACHE) / f"models--{source.place.replace('/', '--')}" / "blobs"
     size = 0
     for file in blobs.glob("*"):
-        with suppress(FileNotFoundError):  # it has got its final name meanwhile
+        with suppress(FileNotFoundError):  # it has just been renamed
             size += file.stat().st_size
     return size / 1e6

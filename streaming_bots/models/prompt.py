@@ -1,4 +1,4 @@
-"""A conversation as token ids that fit the model's context."""
+"""Turns a conversation into token ids that fit the model's context."""
 
 from bisect import bisect_left
 
@@ -13,18 +13,18 @@ from streaming_bots.errors import (
     UnknownToken,
 )
 
-# In the form of chat templates: {"role": "system" | "user" | "assistant", "content": text}.
-# A conversation is a list of them: perhaps a system prompt, then prompts and replies in turn.
+# The form of chat templates: {"role": "system" | "user" | "assistant", "content": text}.
+# A conversation is a list of messages: perhaps a system prompt, then prompts and replies in turn.
 Message = dict[str, str]
 
 # Longer text is not worth tokenizing: real text has 3 to 6 bytes per token.
 MAX_BYTES_PER_TOKEN = 64
 MAX_BYTES = 1_000_000  # 250,000 tokens of English
-DEFAULT_PROMPT_TOKENS = 8192  # longer ones may take minutes and gigabytes: operators decide
+DEFAULT_PROMPT_TOKENS = 8192  # longer ones may take minutes and gigabytes, so operators decide
 
 
 def new_conversation(system_prompt: str | None) -> list[Message]:
-    """A conversation in which nobody has spoken yet."""
+    """Return a new conversation, which has only the system prompt, if there is one."""
     return [{"role": "system", "content": system_prompt}] if system_prompt else []
 
 
@@ -34,20 +34,20 @@ def encode(
     prompt_budget: int,
     whole: bool = False,
 ) -> list[int]:
-    """Token ids of a conversation, ready for the reply: at most `prompt_budget` of them.
+    """Return the token ids of a conversation, ready for the reply: at most `prompt_budget` of them.
 
-    Drops the oldest exchanges (a prompt and its reply) from `conversation`, no more than
-    necessary; the system prompt stays. A dropped exchange would never fit again. A `whole`
-    conversation loses nothing: if it does not fit, this raises ContextExceeded.
-    Raises PromptTooLong if the last prompt does not fit alone, TemplateRefusal, NoToken if nothing
-    is left to read, and UnknownToken for a token at or above the tokenizer's `model_vocab_size`,
-    which load_model and check_model set.
+    Drops as few of the oldest exchanges (a prompt and its reply) from `conversation` as possible.
+    The system prompt stays. A dropped exchange would never fit again. A `whole` conversation loses
+    nothing: if it does not fit, this raises ContextExceeded.
+    Raises PromptTooLong if the last prompt does not fit alone, TemplateRefusal, and NoToken if
+    nothing is left to read. Raises UnknownToken for a token at or above the tokenizer's
+    `model_vocab_size`, which load_model and check_model set.
     """
     if whole:
         return check_tokens(encode_whole(conversation, tokenizer, prompt_budget), tokenizer)
     check_size(conversation[-1]["content"], prompt_budget)
     first = 1 if conversation[0]["role"] == "system" else 0
-    # Text of which the tokenizer leaves little would be kept, and read again, for ever.
+    # Otherwise, text that gives few tokens would be kept, and tokenized again, for ever.
     sizes = byte_sizes(conversation[first:])
     while sum(sizes) > bytes_allowed(prompt_budget):
         del sizes[:2], conversation[first : first + 2]
@@ -56,7 +56,7 @@ def encode(
     def without(dropped: int) -> list[int]:
         return tokenize(conversation[:first] + conversation[first + 2 * dropped :], tokenizer)
 
-    # The last prompt alone comes first, so that a refusal costs nothing for what was said before.
+    # The last prompt is tokenized alone first. If it is refused, the rest costs nothing.
     if len(alone := without(exchanges)) > prompt_budget:
         raise PromptTooLong(f"the prompt has {len(alone)} tokens, {prompt_budget} fit")
     ids = without(0) if exchanges else alone
@@ -72,7 +72,7 @@ def encode(
 def encode_whole(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt_budget: int
 ) -> list[int]:
-    """Token ids of all messages. Raises ContextExceeded, in words that clients look for."""
+    """Return the token ids of all messages. Raises ContextExceeded in words that clients expect."""
     limit = f"this model's maximum context length is {prompt_budget} tokens of messages"
     # Each message has a token at least, also an empty one.
     size = sum(byte_sizes(messages)) + MAX_BYTES_PER_TOKEN * len(messages)
@@ -88,7 +88,7 @@ def check_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
     """Return `ids`. Raises NoToken or UnknownToken if the model cannot read them."""
     if not ids:
         raise NoToken("the prompt has no token: the model's tokenizer leaves nothing of it")
-    # One such token would fail the model, and with it all replies of a batch.
+    # One such token would make the model fail, and with it all replies of a batch.
     known = getattr(tokenizer, "model_vocab_size", None)
     if known is not None and (last := max(ids)) >= known:
         token = tokenizer.convert_ids_to_tokens(last)
@@ -97,7 +97,7 @@ def check_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def check_size(prompt: str, prompt_budget: int) -> None:
-    """Raise PromptTooLong for a prompt that cannot fit, without the work of tokenizing it."""
+    """Raise PromptTooLong for a prompt that cannot fit, without tokenizing it."""
     size, allowed = len(prompt.encode()), bytes_allowed(prompt_budget)
     if size > allowed:
         raise PromptTooLong(f"the prompt has {size} bytes, {allowed} are allowed")
@@ -108,14 +108,14 @@ def byte_sizes(messages: list[Message]) -> list[int]:
 
 
 def bytes_allowed(tokens: int) -> int:
-    """The most bytes of UTF-8 that are worth tokenizing for so many tokens."""
+    """Return the most bytes of UTF-8 that are worth tokenizing for `tokens` tokens."""
     return min(tokens * MAX_BYTES_PER_TOKEN, MAX_BYTES)
 
 
 def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids by the tokenizer's chat template, if it has one.
+    """Return the token ids of a conversation by the tokenizer's chat template, if it has one.
 
-    Otherwise by DialoGPT's convention: the end-of-sequence token follows every message
+    Otherwise, DialoGPT's convention applies: the end-of-sequence token follows every message
     (https://huggingface.co/microsoft/DialoGPT-small).
     """
     if tokenizer.chat_template is not None:
@@ -136,9 +136,9 @@ def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def reply_limit(max_new_tokens: int | None, context: int) -> int:
-    """The most tokens that a reply may have, such that a prompt still fits beside it.
+    """Return the most tokens that a reply may have, so that a prompt still fits beside it.
 
-    By default 256, or half the context of a model that has no more than that.
+    The default is 256, or half the model's context if that is less.
     """
     if max_new_tokens is None:
         return min(256, context // 2)
@@ -146,9 +146,9 @@ def reply_limit(max_new_tokens: int | None, context: int) -> int:
 
 
 def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
-    """The most tokens that a prompt may have, with the conversation before it.
+    """Return the most tokens that a prompt may have, including the conversation before it.
 
-    By default the context less a reply of one token, DEFAULT_PROMPT_TOKENS at most.
+    The default is the context less a reply of one token, but at most DEFAULT_PROMPT_TOKENS.
     """
     if max_prompt_tokens is None:
         return min(context - 1, DEFAULT_PROMPT_TOKENS)
@@ -156,7 +156,7 @@ def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
 
 
 def check_limit(name: str, tokens: int, context: int) -> int:
-    """Return `tokens`. Raises ValueError if a prompt and a reply could not both fit then."""
+    """Return `tokens`. Raises ValueError if a prompt and a reply could then not both fit."""
     if not 0 < tokens < context:
         raise ValueError(
             f"{name} is {tokens}: from 1 to {context - 1} are possible, since prompt and reply "

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 BUNDLED = "tiny-dialog"
 BUNDLED_FOLDER = Path(__file__).parent / "tiny_dialog"
 
-# transformers' own retries take 26 s to find out that the hub is out of reach.
+# transformers' own retries take 26 s to find out that the hub is unreachable.
 HUB_TIMEOUT_S = 4.0
 
 WEIGHTS = (
@@ -24,7 +24,7 @@ WEIGHTS = (
 
 
 class ModelError(Exception):
-    """A model that cannot be loaded: its name, what was tried and the remedy, in one line."""
+    """A model cannot be loaded. One line gives its name, what was tried and the remedy."""
 
 
 class Source(NamedTuple):
@@ -36,14 +36,14 @@ class Source(NamedTuple):
 
     @property
     def served_name(self) -> str:
-        """What clients are told: of a folder the last part, for where it is concerns nobody."""
+        """The name that clients see: only the last part of a folder, since its path is private."""
         if self.name == BUNDLED or not Path(self.place).is_dir():
             return self.name
         return ":".join([Path(self.place).name, *self.options.values()])
 
     @property
     def is_remote(self) -> bool:
-        """Whether it must come from the hub first."""
+        """Whether the model must be downloaded from the hub first."""
         return not self.options.get("local_files_only") and not Path(self.place).is_dir()
 
     def problem(self, what: str, error: Exception | None = None) -> ModelError:
@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
 
 def resolve(name: str) -> Source:
-    """Find a model without loading anything; ask the hub, if need be, for at most 4 s.
+    """Find a model without loading anything. If need be, ask the hub, for at most 4 s.
 
     Raises ModelError.
     """
@@ -70,7 +70,7 @@ def resolve(name: str) -> Source:
     try:
         folder = Path(place).expanduser().resolve()
         is_folder = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a user who does not exist
+    except (OSError, RuntimeError) as error:  # the name is too long, or its user does not exist
         raise source.problem("neither a folder nor a hub id", error) from None
     if is_folder:
         if not any((folder / file).is_file() for file in weights):
@@ -94,7 +94,7 @@ def resolve(name: str) -> Source:
 
 
 def is_cached(hub_id: str, file: str) -> bool:
-    """Whether weights are in the Hugging Face cache, with all parts that an index names."""
+    """Whether weights are in the Hugging Face cache, including all parts that an index names."""
     path = try_to_load_from_cache(hub_id, file)
     if not isinstance(path, str):
         return False
@@ -105,7 +105,7 @@ def is_cached(hub_id: str, file: str) -> bool:
 
 
 def hub_problem(hub_id: str) -> Exception | None:
-    """Why the hub cannot deliver a model, found out within HUB_TIMEOUT_S; None if it can."""
+    """Find out within HUB_TIMEOUT_S why the hub cannot deliver a model; None if it can."""
     answer: SimpleQueue[Exception | None] = SimpleQueue()
 
     def ask() -> None:
@@ -115,7 +115,7 @@ def hub_problem(hub_id: str) -> Exception | None:
         except Exception as error:
             answer.put(error)
 
-    # Looking up the hub's address has no time limit of its own, so it is left behind if it hangs.
+    # Looking up the hub's address has no time limit. If it hangs, the thread is abandoned.
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answer.get(timeout=HUB_TIMEOUT_S)

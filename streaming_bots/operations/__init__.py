@@ -1,1 +1,1 @@
-"""What operators see and decide: metrics, autoscaling, draining."""
+"""The code that concerns operators: metrics, autoscaling, draining."""

@@ -1,24 +1,24 @@
-"""What a Chatbot's replica does when Serve stops it."""
+"""Draining: how a Chatbot's replica notices that Serve is stopping it."""
 
 import asyncio
 import time
 
 from ray import serve
 
-LONGEST_REPLY_S = 120.0  # for Serve: how long a replica that it stops may take to finish
+LONGEST_REPLY_S = 120.0  # for Serve: how long a replica may take to finish when it is stopped
 HEALTH_CHECK_PERIOD_S = 2.0  # for Serve: how often it asks replicas whether they are healthy
-SILENCE_S = 10.0  # several of these periods, which is seldom an accident of a busy machine
+SILENCE_S = 10.0  # several of these periods; a busy machine alone seldom causes that
 LOOK_EVERY_S = 2.0
 
 
 class Drain:
     """Notices that Serve is stopping this replica, for which Serve has no callback.
 
-    Serve routes nothing new to a replica that it stops, waits until no request is left there, at
-    most `graceful_shutdown_timeout_s`, and kills it. An idle WebSocket is a request, too, and a
-    reply on it that begins late would be cut. But health is only asked of replicas that stay: after
-    some silence, and a look at Serve's status (the controller may be away, which concerns nobody
-    here), `begun` is set, until health is asked after all. Must be created in the replica.
+    Serve sends no new request to a replica that it stops. It waits until the replica has none
+    left, for at most `graceful_shutdown_timeout_s`, and kills it. An idle WebSocket is a request,
+    too, and a late reply on it would be cut. But Serve checks the health of staying replicas only.
+    After SILENCE_S without a check, this reads Serve's status, as the controller may just be away.
+    If it shows a stop, `begun` is set until the next check. Must be created in the replica.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ def is_stopping() -> bool:
     replica = serve.get_replica_context()
     try:
         application = serve.status().applications[replica.app_name]
-    except Exception:  # nobody is there to tell
+    except Exception:  # there is no controller to ask
         return False
     deployment = application.deployments.get(replica.deployment)
     stopping = deployment is not None and deployment.replica_states.get("STOPPING", 0) > 0

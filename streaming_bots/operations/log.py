@@ -1,12 +1,12 @@
-"""What reaches Serve's log."""
+"""A filter for Serve's log."""
 
 import logging
 
 
 def traceback_once(record: logging.LogRecord) -> bool:
-    """A filter for the log of Serve, which reports a failure once for each request that it meets.
+    """Filter Serve's log, which reports a failure once for each request that it affects.
 
-    The traceback of an exception that several requests share is written with the first of them.
+    If several requests share an exception, only the first report includes the traceback.
     """
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:

@@ -1,6 +1,6 @@
-"""What a bot counts, on Ray's Prometheus endpoint; Ray puts `ray_` before the names.
+"""A bot's metrics on Ray's Prometheus endpoint. Ray puts `ray_` before their names.
 
-Serve adds the tags `deployment` (the bot), `application` and `replica` to each.
+Serve adds the tags `deployment` (the bot), `application` and `replica` to each metric.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
 
 class SetGauge(Gauge):
-    """A gauge of how many members are there, or of what it is set to."""
+    """A gauge that shows how many members it has, or the value that it is set to."""
 
     def __init__(self, name: str, description: str) -> None:
         super().__init__(name, description=description)

@@ -12,12 +12,12 @@ from streaming_bots.bot import Reply
 from streaming_bots.errors import describe
 from streaming_bots.http.openai.errors import describe_error
 
-SILENCE_S = 15.0  # after which a comment keeps proxies from closing the connection
+SILENCE_S = 15.0  # then a comment keeps proxies from closing the connection
 COMMENT = ": nothing new yet\n\n"
 
 
 class Completion:
-    """Writes one reply, which it closes.
+    """Writes one reply, and closes it.
 
     https://platform.openai.com/docs/api-reference/chat
     """
@@ -29,16 +29,16 @@ class Completion:
         self.reply = reply
 
     async def read(self) -> dict[str, Any]:
-        """All of it, as one object."""
+        """Return the whole reply as one object."""
         async with aclosing(self.reply):
             text = "".join([chunk async for chunk in self.reply])
         message = {"role": "assistant", "content": text}
         return {**self._object("chat.completion", message=message, end=True), "usage": self.usage}
 
     async def events(self, include_usage: bool) -> AsyncGenerator[str]:
-        """Server-sent events; a comment for each SILENCE_S without any.
+        """Yield server-sent events, and a comment for each SILENCE_S without any.
 
-        A failure is raised, after an event that describes it unless nothing was sent yet.
+        A failure is raised. If something was already sent, an event describes the failure first.
         """
         began = False
         unsent = self._event({"role": "assistant", "content": ""})
@@ -89,7 +89,7 @@ def _data(content: dict[str, Any]) -> str:
 
 
 async def with_silences(reply: Reply) -> AsyncGenerator[str | None]:
-    """The text of a reply, and None for each SILENCE_S in which none comes. Closes the reply."""
+    """Yield the text of a reply, and None for each SILENCE_S without any. Closes the reply."""
     chunks = aiter(reply)
     try:
         while True:

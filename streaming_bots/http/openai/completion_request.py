@@ -1,4 +1,4 @@
-"""What a client of `/v1/chat/completions` asks for."""
+"""The request that a client sends to `/v1/chat/completions`."""
 
 import logging
 from typing import Annotated, ClassVar, Literal
@@ -29,11 +29,11 @@ from streaming_bots.models.prompt import Message
 
 logger = logging.getLogger("ray.serve")
 
-MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or the schemas of tools
+MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or tools' schemas
 
 
-# What other servers allow, in terms of ours: a `top_p` of 0 keeps the most likely token alone, a
-# `top_k` of -1 keeps all, and a seed may be negative.
+# These convert values that other servers allow. A `top_p` of 0 keeps only the most likely token, a
+# `top_k` of -1 keeps all tokens, and a seed may be negative.
 TopP = Annotated[Real, Field(ge=0, le=1), AfterValidator(lambda p: max(p, 1e-6))]
 TopK = Annotated[Integer, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
 Seed = Annotated[Integer, AfterValidator(lambda seed: seed % 2**63)]
@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
     @classmethod
     def _join_parts(cls, content: object) -> object:
         if not isinstance(content, list):
-            return "" if content is None else content  # as beside the call of a tool
+            return "" if content is None else content  # null beside a tool call
         texts = [part["text"] for part in content if _is_text(part)]
         if len(texts) < len(content):
             raise ValueError("only parts of type text are possible")
@@ -69,10 +69,10 @@ class TextFormat(BaseModel):
 
 
 class CompletionRequest(ReplyOptions):
-    """A conversation, how its reply is written, and how it is sent.
+    """A conversation, and how its reply is written and sent.
 
-    A parameter that is not here is ignored, unless a client would miss what it asks for: then it is
-    here with the only value that is possible.
+    A bot ignores any parameter that is not here. If a client would miss its effect, the parameter
+    is here with only its possible values.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -101,7 +101,7 @@ class CompletionRequest(ReplyOptions):
         return self
 
     def conversation(self, beginning: list[Message]) -> list[Message]:
-        """The messages, after this beginning unless they bring a system prompt."""
+        """Return the messages, after `beginning` unless they include a system prompt."""
         messages = [
             {
                 "role": "system" if message.role == "developer" else message.role,
@@ -115,7 +115,7 @@ class CompletionRequest(ReplyOptions):
 
 
 async def read_completion_request(request: Request) -> CompletionRequest:
-    """The body of a request. Raises RequestValidationError, which names the parameter."""
+    """Read the body of a request. Raises RequestValidationError, which names the parameter."""
     body = await read_body(request, MAX_BYTES_OUTSIDE_STRINGS)
     try:
         fields = parse_object(body, MAX_BYTES_OUTSIDE_STRINGS)

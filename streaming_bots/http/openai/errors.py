@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's format."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ def describe_error(
 
 
 class OpenAIErrorMiddleware:
-    """Rewrites the errors of OpenAI's routes, whoever has made them; others pass."""
+    """Rewrites the errors of OpenAI's routes, wherever they come from. Other errors pass."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -50,7 +50,7 @@ class OpenAIErrorMiddleware:
 
 
 def rewrite(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
-    """A response of ours, or one of plain text, as status and body of OpenAI's."""
+    """Turn an error response, ours or plain text, into the status and body of OpenAI's API."""
     try:
         detail = json.loads(body)["detail"]
     except (ValueError, TypeError, KeyError):

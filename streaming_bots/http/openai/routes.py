@@ -36,7 +36,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema without references, which OpenAPI would look up elsewhere."""
+    """Return a JSON schema without references, since OpenAPI would look them up elsewhere."""
     definitions = schema.pop("$defs", {})
 
     def resolve(part: Any) -> Any:
@@ -91,20 +91,20 @@ async def create_completion(
 
 @router.get("/models")
 async def list_models() -> dict[str, Any]:
-    """The model that answers."""
+    """List the model that answers."""
     return {"object": "list", "data": [describe_model(current_bot())]}
 
 
 @router.get("/models/{model:path}")
 async def show_model(model: str) -> dict[str, Any]:
-    """The same, if it is that one."""
+    """Describe a model, if it is the one that answers."""
     bot = current_bot()
     check_model(model, bot)
     return describe_model(bot)
 
 
 def check_model(name: str, bot: Bot) -> None:
-    """Raise ModelNotFound for another name than that of the bot's model, or its last part."""
+    """Raise ModelNotFound unless `name` is that of the bot's model, or its last part."""
     if name not in (bot.model_name, bot.model_name.rpartition("/")[2]):
         raise ModelNotFound(f"there is no model {name[:100]!r}; {bot.model_name!r} answers here")
 
