@@ -1,4 +1,4 @@
-"""What tests share: the bots in this process and on a real Serve, and what they must reply."""
+"""What tests share: bots in this process, bots on a real Serve, and their expected replies."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ HANG_S = 60  # only bounds a hang
 
 
 def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> None:
-    """Look again and again until it is so; `what` says what is wrong if it is not in time."""
+    """Wait until the condition holds. If it does not in time, fail and say `what` is wrong."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, what
@@ -58,7 +58,7 @@ class Bot(NamedTuple):
 
     address: str  # without the scheme, which is http:// or ws://
     gate: Gate | None = None
-    call: Callable[..., Any] | None = None  # calls a method of it, by its name
+    call: Callable[..., Any] | None = None  # calls a method of the bot, by its name
 
     @property
     def http(self) -> str:
@@ -70,11 +70,11 @@ class Bot(NamedTuple):
 
 
 def arguments_of(name: str, emoji_model: Path, key_file: Path) -> dict[str, Any]:
-    """What the tests' bots are constructed with.
+    """Return the constructor arguments of one of the tests' bots.
 
-    `textbot` and so on have the bundled model, `emoji_textbot` and so on one that writes emoji
-    and Chinese, under a key. The Chatbot's context holds only a few exchanges, so that tests soon
-    outgrow it.
+    `textbot` and so on have the bundled model. `emoji_textbot` and so on need a key, and have a
+    model that writes emoji and Chinese. The Chatbot's context holds only a few exchanges, so that
+    tests soon outgrow it.
     """
     if name.startswith("emoji_"):
         return {
@@ -114,7 +114,7 @@ def local_serve() -> Iterator[LocalServe]:
 
 
 class Bots:
-    """The bots in this process, by name, each started when it is first asked for."""
+    """The bots in this process, by name. Each bot starts when a test first asks for it."""
 
     def __init__(self, local: LocalServe, arguments: Callable[[str], dict[str, Any]]) -> None:
         self.local = local
@@ -155,11 +155,11 @@ def port() -> Iterator[int]:
     path = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
     ray.init(
         address="local",
-        num_cpus=16,  # bookkeeping: how many replicas fit, not how fast they are
+        num_cpus=16,  # bookkeeping: decides how many replicas fit, not how fast they run
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": path}},
-        # Not every 10 s, since tests read them; at every second a busy machine lost some.
+        # Tests read the metrics, so 10 s is too long. At every second, a busy machine lost some.
         _system_config={"metrics_report_interval_ms": 4000},
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -170,7 +170,7 @@ def port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def new_gate(port: int) -> Callable[[], RemoteGate]:
-    """Makes gates for replicas; a step that is held, and a test that waits, take a thread each."""
+    """Makes gates for replicas. Each held step and each waiting test takes a thread."""
     gates = ray.remote(Gates).options(num_cpus=0, max_concurrency=64).remote()
     return partial(map(partial(RemoteGate, gates), count()).__next__)
 
@@ -181,13 +181,13 @@ def answers(bot: Bot) -> bool:
 
 
 def call_replica(application: str, method: str, *arguments: Any) -> Any:
-    """What a method of an application's replica returns or raises."""
+    """Return what a method of an application's replica returns, or raise what it raises."""
 
     def call() -> Any:
         handle = serve.get_app_handle(application)
         return getattr(handle, method).remote(*arguments).result(timeout_s=HANG_S)
 
-    with ThreadPoolExecutor(1) as thread:  # it does not answer where an event loop runs
+    with ThreadPoolExecutor(1) as thread:  # the handle does not answer where an event loop runs
         return thread.submit(call).result()
 
 
@@ -203,7 +203,7 @@ def run_on_serve(port: int, apps: dict[str, tuple[Application, Gate]]) -> dict[s
         name: Bot(f"127.0.0.1:{port}/{name}/", gate, partial(call_replica, name))
         for name, (_, gate) in apps.items()
     }
-    for bot in running.values():  # HAProxy learns of them a little later
+    for bot in running.values():  # HAProxy learns of the bots a little later
         wait_until(partial(answers, bot), HANG_S, f"{bot.http} is not there")
     return running
 
@@ -216,7 +216,7 @@ def served_bots(
     emoji_model: Path,
     key_file: Path,
 ) -> dict[str, Bot]:
-    """The bots on a real Serve, by name: those that the tests which were selected ask for."""
+    """The bots on a real Serve, by name: only those that the selected tests ask for."""
     names = set()
     for item in request.session.items:
         callspec, serves = getattr(item, "callspec", None), item.get_closest_marker("serves")
@@ -236,25 +236,25 @@ def served_bots(
 
 @pytest.fixture
 def served(request: pytest.FixtureRequest, served_bots: dict[str, Bot]) -> Bot:
-    """One bot on a real Serve, whose model runs freely; a parameter says which."""
+    """One bot on a real Serve, with a model that runs freely. A parameter says which bot."""
     bot = served_bots[request.param.removesuffix(V1)]
     bot.call("flush")
     bot.gate.open()
     return bot
 
 
-# What they must reply
+# The replies that tests expect
 
 
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
-    """The bundled model in the tests' own process, to say what a reply must be."""
+    """The bundled model in the tests' own process, which gives the expected replies."""
     torch.set_num_threads(1)
     return load_model(BUNDLED)
 
 
 def reference(loaded: LoadedModel, turns: list[str], max_new_tokens: int) -> str:
-    """What `generate` in process replies to the turns of a conversation."""
+    """Return the reply of `generate`, in process, to the turns of a conversation."""
     eos = loaded.tokenizer.eos_token
     input_ids = loaded.tokenizer(eos.join([*turns, ""]), return_tensors="pt")["input_ids"]
     output = loaded.model.generate(
@@ -281,16 +281,16 @@ def batches_of(
     size: int = BatchSettings().max_batch_size,
     wait_s: float = BatchSettings().batch_wait_timeout_s,
 ) -> None:
-    """Have a Batchbot begin a batch when so many requests are there, or after so long."""
+    """Have a Batchbot begin a batch when `size` requests are there, or after `wait_s` seconds."""
     bot.call("reconfigure", {"max_batch_size": size, "batch_wait_timeout_s": wait_s})
 
 
-# Of the machine
+# On this machine
 
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the repository holds, away from the installed one."""
+    """A copy of the repository's files, away from the installed ones."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "tests")
     folder = tmp_path_factory.mktemp("checkout") / "repository"
     return Path(shutil.copytree(REPOSITORY, folder, ignore=ignored))

@@ -1,4 +1,4 @@
-"""A caller of any bot, who sees how a reply ends, and can leave it in three ways."""
+"""A caller of any bot. It sees how a reply ends, and can leave the reply in three ways."""
 
 import http.client
 import json
@@ -16,7 +16,7 @@ REFUSED = (1003, 1007, 1009, 1013)  # WebSocket close codes
 
 
 class HttpCaller:
-    """Sends a prompt to a Textbot or a Batchbot."""
+    """Sends a prompt to a Textbot, a Batchbot or a Continuousbot."""
 
     path = ""
 
@@ -45,7 +45,7 @@ class HttpCaller:
         assert self.text
 
     def outcome(self) -> str:
-        """Read to the end of the stream: "finished", "failed", or "refused"."""
+        """Read to the end of the stream; return "finished", "failed" or "refused"."""
         try:
             self.response = self.response or self.connection.getresponse()
             while chunk := self.response.read1():
@@ -92,7 +92,7 @@ class ChatCaller:
         self, bot: Bot, prompt: str, limit: int | None = None, headers: dict[str, str] | None = None
     ) -> None:
         self.version = ["chat.v1"] if limit else None  # the plain form has no limit
-        # Entered by hand: how it is left is what the tests are about.
+        # Entered by hand, since the tests decide how the caller leaves the socket.
         self.websocket = connect(
             bot.ws, subprotocols=self.version, additional_headers=headers, close_timeout=0
         ).__enter__()
@@ -121,7 +121,7 @@ class ChatCaller:
             leave(self.socket, way)
 
     def _receive(self) -> str:
-        """Take a frame; the outcome, if it is the last."""
+        """Receive a message; return the outcome if it is the last one, else an empty string."""
         frame = self.websocket.recv(timeout=HANG_S)
         if not self.version:
             self.text += frame if frame != "<>" else ""
@@ -132,7 +132,7 @@ class ChatCaller:
 
 
 def receive(websocket: ClientConnection) -> list[str]:
-    """The frames of one reply in the plain form, without the marker."""
+    """Return the messages of one reply in the plain form, without the marker."""
     frames = []
     while (frame := websocket.recv(timeout=HANG_S)) != "<>":
         frames.append(frame)
@@ -145,9 +145,9 @@ def ask(websocket: ClientConnection, prompt: str) -> str:
 
 
 def leave(sock: socket.socket, way: str) -> None:
-    if way == "half-close":  # "I send no more", which is how some clients leave
+    if way == "half-close":  # says "I send no more"; some clients leave this way
         sock.shutdown(socket.SHUT_WR)
         return
     if way == "reset":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    os.close(sock.detach())  # also where a file of the socket is still open
+    os.close(sock.detach())  # even if a file of the socket is still open

@@ -1,4 +1,4 @@
-"""Chooses Serve's ingress, which must be done before Ray is imported, and the tier of tests."""
+"""Chooses the tier of tests, and Serve's ingress, which must be set before Ray is imported."""
 
 import os
 import signal
@@ -9,19 +9,19 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     haproxy = "haproxy" in config.getoption("markexpr").replace("not haproxy", "")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
-    if haproxy:  # as the README sets it up; the tests' own handles need a router with a loop
+    if haproxy:  # as in the README; the tests' own handles need a router with a loop
         os.environ |= {
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # else each end takes 30 s
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # else ending takes 30 s
         }
-    # A shell that starts pytest in the background has it ignore Ctrl-C, and all that it starts.
+    # If a shell starts pytest in the background, pytest and all that it starts ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.import_plugin("bot_fixtures")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`-m haproxy` and `-m cluster` leave out what is exhaustive, too, as `pytest` does."""
+    """Leave out the exhaustive tests under `-m haproxy` and `-m cluster`, as `pytest` does."""
     if "exhaustive" not in config.getoption("markexpr"):
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)

@@ -16,7 +16,7 @@ from streaming_bots.models.source import BUNDLED
 
 
 class Deployed:
-    """A bot of its own, whose replicas come and go."""
+    """A bot with a deployment of its own. Its replicas come and go."""
 
     def __init__(self, name: str, port: int, gate: Gate, **options: Any) -> None:
         self.name, self.options, self.application = name, options, f"own-{name}"
@@ -26,18 +26,18 @@ class Deployed:
         self.deploy()
 
     def deploy(self, **options: Any) -> None:
-        """Replace its replicas by new ones."""
+        """Replace the bot's replicas with new ones."""
         arguments = {"model": BUNDLED, "max_new_tokens": MAX_NEW_TOKENS}
         app = stepped(self.name, self.gate, self.options | options, **arguments)
         serve.run(app, name=self.application, route_prefix=f"/{self.application}")
 
     def replicas(self) -> Counter[str]:
-        """How many are in which state."""
+        """Count the replicas in each state."""
         (deployment,) = serve.status().applications[self.application].deployments.values()
         return Counter(deployment.replica_states)
 
     def wait_for(self, most: int = 4, **states: int) -> None:
-        """Until so many replicas are in these states; at no time may more than `most` be there."""
+        """Wait until this many replicas are in these states. At most `most` may start or run."""
         deadline = time.monotonic() + HANG_S
         while any((now := self.replicas())[state] != number for state, number in states.items()):
             assert now["STARTING"] + now["RUNNING"] <= most, now
@@ -47,7 +47,7 @@ class Deployed:
 
 @contextmanager
 def deployed(name: str, port: int, gate: Gate, **options: Any) -> Iterator[Deployed]:
-    """Ends it with all that it has."""
+    """Deploy a bot of its own; delete the whole application at the end."""
     own = Deployed(name, port, gate, **options)
     try:
         yield own

@@ -31,7 +31,7 @@ def new_streamer(
 
 
 class ScriptedThread(ModelThread):
-    """A model's thread in which each streamer is written by the function submitted with it."""
+    """A model's thread in which a function, submitted with each streamer, writes its reply."""
 
     def __init__(self, limits: Any, metrics: Any) -> None:
         self.scripts: dict[Streamer, Callable[[Streamer], None]] = {}
@@ -50,7 +50,7 @@ def settings(stall_timeout_s: float, max_waiting: int | None = None, **others: A
 
 
 def limits_of(prompt_budget: int, max_new_tokens: int, **others: Any) -> Any:
-    """What a protocol needs of a bot."""
+    """Return the part of a bot that a protocol needs."""
     return SimpleNamespace(
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=prompt_budget,

@@ -1,6 +1,6 @@
-"""A gate before each step of a model, at which tests decide what happens when.
+"""A gate before each step of a model, where tests decide what happens and when.
 
-Imports no bot, since the process that Ray starts for it would import all that they need.
+This module imports no bot. The process that Ray starts for gates would import all that bots need.
 """
 
 import math
@@ -16,9 +16,12 @@ HANG_S = 60  # only bounds a hang
 class Gate:
     """Counts the events of one bot, and holds its model before a step.
 
-    The events: "started" of its replica, "submitted" and "step" of the model, "tokens" that it
-    read in its steps, "left" when nobody reads a reply any more, "asked" of the Batchbot, and the
-    outcomes "finished", "failed", "cancelled" and "refused".
+    The events:
+    - "started", of the bot's replica
+    - "submitted" and "step", of the model, and "tokens", which it read in its steps
+    - "left", when nobody reads a reply any more
+    - "asked", of the Batchbot
+    - the outcomes "finished", "failed", "cancelled" and "refused"
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,7 @@ class Gate:
         self._reset(steps)
 
     def fail_at(self, step: int, error: BaseException | None = None) -> None:
-        """Let the model run, and fail at a step, from 1; forget what happened."""
+        """Let the model run, and fail it at a step, counted from 1; forget what happened."""
         self._reset(math.inf, step, error or RuntimeError("this step was told to fail"))
 
     def release(self, steps: float = math.inf) -> None:
@@ -53,7 +56,7 @@ class Gate:
             return self.changed.wait_for(lambda: self.events[event] >= count, within_s)
 
     def wait(self, event: str, count: int) -> None:
-        """Wait until something has happened so many times."""
+        """Wait until an event has happened `count` times."""
         if not self.happens(event, count, HANG_S):
             raise TimeoutError(f"{self.count(event)} of {count} {event}; {dict(self.events)}")
 
@@ -68,7 +71,7 @@ class Gate:
             self.changed.notify_all()
 
     def step(self, tokens: int) -> BaseException | None:
-        """Wait for leave to take a step; return the error with which it is to fail."""
+        """Wait until the model may take a step; return the error with which it must fail."""
         with self.changed:
             self.events["step"] += 1
             self.events["tokens"] += tokens
@@ -80,7 +83,7 @@ class Gate:
     def _reset(
         self, steps: float, failing_step: int | None = None, error: BaseException | None = None
     ) -> None:
-        """Begin a new era: a step that is held from before continues."""
+        """Begin a new era. If an earlier era holds a step, that step continues."""
         with self.changed:
             self.era += 1
             self.events.clear()
@@ -89,7 +92,7 @@ class Gate:
 
 
 class Gates:
-    """All gates of replicas, in one process of Ray."""
+    """The gates of all replicas, in one process of Ray."""
 
     def __init__(self) -> None:
         self.gates: defaultdict[int, Gate] = defaultdict(Gate)
@@ -99,7 +102,7 @@ class Gates:
 
 
 class RemoteGate:
-    """A gate that tests and a replica of Serve both reach: its methods are those of Gate."""
+    """A gate that both tests and a replica of Serve reach. Its methods are those of Gate."""
 
     def __init__(self, gates: Any, number: int) -> None:
         self.gates, self.number = gates, number

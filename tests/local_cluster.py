@@ -1,9 +1,10 @@
-"""A Ray cluster of several nodes on this machine: it ends when this program's input does.
+"""A Ray cluster of several nodes on this machine. It ends when this program's input ends.
 
     python local_cluster.py DASHBOARD_PORT CPUS [CPUS ...]
 
-The head has no CPUs, the other nodes as many as are given. Prints the ports of the nodes' metrics
-as a JSON object once all are there. Each line of its input is a node's id; that node is killed.
+The head has no CPUs. Each other node has as many as its argument says. Once all nodes are there,
+the program prints the ports of their metrics as a JSON object. Each line of its input is a node's
+id, and the program kills that node.
 """
 
 import json
@@ -19,7 +20,7 @@ def main() -> None:
         "include_dashboard": True,
         "dashboard_port": dashboard_port,
         "dashboard_agent_listen_port": 0,  # any free one
-        "_system_config": {"metrics_report_interval_ms": 2000},  # tests read them
+        "_system_config": {"metrics_report_interval_ms": 2000},  # tests read the metrics
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -1,7 +1,7 @@
 """Bots on a socket of this process: their own ASGI apps and constructors, without Ray.
 
-What Serve adds (its proxy, its limits, replicas that are replaced or end) is not here, and is
-tested on a real Serve. What a bot itself does is the same on both.
+Serve's proxy, its limits, and replicas that end or are replaced are not here. Tests on a real Serve
+cover them. A bot itself does the same on both.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from streaming_bots.operations import drain
 
 MODULES = ("textbot", "chatbot", "batchbot", "continuousbot", "stepped_bots")
-CURRENT: ContextVar[SimpleNamespace] = ContextVar("replica")  # whose code runs
+CURRENT: ContextVar[SimpleNamespace] = ContextVar("replica")  # the replica that runs now
 HANG_S = 60  # only bounds a hang
 HEALTH_CHECK_PERIOD_S = 1.0
 
@@ -39,11 +39,11 @@ class LocalServe:
         self.patches = pytest.MonkeyPatch()
         self.patches.setattr(serve, "get_replica_context", CURRENT.get)
         self.patches.setattr(drain, "is_stopping", lambda: False)
-        self.longest_s = 0.0  # that the event loop has computed without a pause
+        self.longest_s = 0.0  # longest time that the loop computed without a pause
         run_callback = asyncio.Handle._run
 
         def run_and_time(handle: asyncio.Handle) -> None:
-            began = time.thread_time()  # which stands still while others have the core
+            began = time.thread_time()  # this clock stands still while others have the core
             run_callback(handle)
             if threading.current_thread() is self.thread:
                 self.longest_s = max(self.longest_s, time.thread_time() - began)
@@ -62,7 +62,7 @@ class LocalServe:
         await self.server.serve([self.socket])
 
     def stop(self) -> None:
-        """End it, with the sockets that tests have left open."""
+        """End the server, and the sockets that tests have left open."""
         self.server.should_exit = self.server.force_exit = True
         self.thread.join()
         self.patches.undo()
@@ -90,7 +90,7 @@ class LocalServe:
         self.replicas[prefix] = replica
 
     async def _check_health(self, bot: Any) -> None:
-        """Ask again and again, until the bot is ill, which is where Serve would replace it."""
+        """Check again and again until the bot is unhealthy. Serve would then replace it."""
         while True:
             await asyncio.sleep(HEALTH_CHECK_PERIOD_S)
             try:
@@ -99,7 +99,7 @@ class LocalServe:
                 return
 
     def call(self, prefix: str, method: str, *arguments: Any) -> Any:
-        """What a method of a bot returns or raises, called on its event loop."""
+        """Call a method of a bot on its event loop; return or raise what the method does."""
 
         async def call_method() -> Any:
             CURRENT.set(self.replicas[prefix])
@@ -120,9 +120,9 @@ class LocalServe:
 
 
 def own_class(shared: type) -> type:
-    """The class from modules that are imported anew, so that a bot has its own, as a replica does.
+    """Import the class once more, so that a bot has a class of its own, as in a replica.
 
-    Its FastAPI app and the queue of its batches belong to the class.
+    The bot's FastAPI app and the queue of its batches belong to the class.
     """
     imported = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     try:

@@ -1,4 +1,4 @@
-"""Clients of OpenAI's API that others wrote, and what they make of a reply of five tokens."""
+"""Third-party clients of OpenAI's API, and what they make of a reply of five tokens."""
 
 import asyncio
 from typing import Any
@@ -31,7 +31,7 @@ def complete(
     client: openai.OpenAI | None = None,
     **options: Any,
 ) -> ChatCompletion:
-    """The whole reply to a prompt, or to the messages of a conversation."""
+    """Return the whole reply to a prompt, or to the messages of a conversation."""
     messages = prompt if isinstance(prompt, list) else [user(prompt)]
     with client or client_of(bot) as client:
         return client.chat.completions.create(
@@ -79,7 +79,7 @@ def synchronously(bot: Bot) -> str:
         ) as stream,
     ):
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert len(pieces) > 3  # with the role and the end
+    assert len(pieces) > 3  # including the role and the end
     assert "".join(pieces) == text_of(complete(bot, PROMPT))
     return "".join(pieces)
 

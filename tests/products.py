@@ -1,4 +1,4 @@
-"""Whole products of parameters, of which `pytest` runs what differs in code."""
+"""Whole products of parameters. `pytest` runs only the cases that differ in code."""
 
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -8,7 +8,7 @@ import pytest
 
 
 def cases(*axes: Iterable[Any], chosen: Callable[..., bool]) -> list[Any]:
-    """All combinations, for parametrize; those that are not chosen run under `-m exhaustive`."""
+    """Return all combinations for parametrize. Those not chosen run under `-m exhaustive`."""
     return [
         pytest.param(*each, marks=[] if chosen(*each) else [pytest.mark.exhaustive])
         for each in product(*axes)

@@ -1,4 +1,4 @@
-"""The README's sections and commands, and whether what they print is what it shows."""
+"""The README's sections and commands, and checks that the commands print what it shows."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from bot_fixtures import HANG_S, REPOSITORY
 from serve_command import ENVIRONMENT
 
 README = (REPOSITORY / "README.md").read_text()
-TRANSCRIPTS = {  # the sections that show what a bot replies
+TRANSCRIPTS = {  # the sections that show a bot's replies
     "textbot": ["Try it", "Textbot: one prompt in, text out", "See it"],
     "chatbot": ["Chatbot: a conversation"],
     "batchbot": ["Batchbot: many prompts, one run", "See it"],
@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 
 def commands(text: str) -> list[Command]:
-    """What the console blocks of a text show: lines after "$ ", and what they print."""
+    """Return the commands in a text's console blocks: lines after "$ ", and what they print."""
     found = []
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         for part in ("\n" + block).split("\n$ ")[1:]:
@@ -42,7 +42,7 @@ def section(title: str) -> str:
 
 
 def check_transcripts(name: str, folder: Path) -> None:
-    """Run the commands that the README shows for a bot, which runs already, but `serve run`."""
+    """Run the README's commands for a bot, except `serve run`: the bot runs already."""
     shown = [command for title in TRANSCRIPTS[name] for command in commands(section(title))]
     assert shown[0].line.endswith(f"serve run {name}:app")
     # The commands find this test's python and serve, as they would in an active environment.
@@ -70,7 +70,7 @@ def check_transcripts(name: str, folder: Path) -> None:
 
 
 def check_log(printed: list[str]) -> None:
-    """What `serve run` prints says that the bundled model answers, and why."""
+    """Check that `serve run` says that the bundled model answers, and why."""
     assert any("loading tiny-dialog" in line for line in printed)
     (warning,) = [line for line in printed if "WARNING" in line and "tiny-dialog" in line]
     assert "microsoft/DialoGPT-small" in warning

@@ -1,4 +1,4 @@
-"""A real GPT-2 that writes a given text, for what a trained model would say only by chance."""
+"""A real GPT-2 that writes a given text, which a trained model would write only by chance."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
 
 
 def save_scripted_model(folder: Path, prompt_length: int, reply: str, context: int = 512) -> None:
-    """Save a model that answers every prompt of so many ASCII characters with the same reply.
+    """Save a model that gives every prompt of `prompt_length` ASCII characters the same reply.
 
-    Its next token depends on nothing but the position: the embedding of a position is a unit
-    vector, attention and MLP add nothing, and the head maps each vector to a token of the reply.
-    A prompt that is shorter by n is answered with n more tokens "." before the reply.
+    The model's next token depends only on the position. The embedding of a position is a unit
+    vector. Attention and MLP add nothing. The head maps each vector to a token of the reply. If a
+    prompt is shorter by n characters, the model writes n more tokens "." before the reply.
     """
     tokenizer = byte_tokenizer(context)
     config = GPT2Config(
@@ -50,7 +50,7 @@ def save_scripted_model(folder: Path, prompt_length: int, reply: str, context: i
     )
     model = GPT2LMHeadModel(config)
     dot = tokenizer("...")["input_ids"][0]
-    # The prompt's EOS stands at position prompt_length; the reply's first token comes out there.
+    # The prompt's EOS is at position prompt_length. The reply's first token comes out there.
     script = [dot] * prompt_length + tokenizer(reply)["input_ids"]
     script += [tokenizer.eos_token_id] * (context - len(script))
     with torch.no_grad():
@@ -73,6 +73,6 @@ def save_random_model(config: PreTrainedConfig, folder: Path, context: int = 128
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
-        parameter.data.mul_(3)  # as large that what was read before decides what is written
+        parameter.data.mul_(3)  # so large that the tokens read before decide the next one
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -16,7 +16,7 @@ import pytest
 
 READY_S = 120  # only bounds a hang; half a minute is usual
 SERVE = Path(sys.executable).with_name("serve")
-# Not the Ray of the other tests, and no hub, as on a machine without a network.
+# Commands use no Ray of the other tests, and no hub, as on a machine without a network.
 ENVIRONMENT = os.environ | {
     "RAY_ADDRESS": "local",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,8 +33,8 @@ def serve_run(
     ready_line: str = "is ready at",
     **environment: str,
 ) -> Iterator[list[str]]:
-    """`serve run`, once the bot is ready, and the lines that it prints; Ctrl-C ends it."""
-    # Two Serves can share a port, and then each gets some of the requests.
+    """Start `serve run`; once the bot is ready, yield the lines that it prints. Ctrl-C ends it."""
+    # Two Serves can share a port. Each then gets some of the requests.
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", 8000)) != 0, "port 8000 is in use"
     process = subprocess.Popen(
@@ -56,7 +56,7 @@ def serve_run(
                 printed.append(line)
                 if ready_line in line:
                     ready.set()
-        ready.set()  # also when it has ended before
+        ready.set()  # even if the process has ended before
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -81,7 +81,7 @@ def serve_run(
 
 
 def add_libraries(environment: Path) -> None:
-    """Let a virtual environment find this one's packages, but what is installed editable here."""
+    """Let a virtual environment find this one's packages, except those installed as editable."""
     paths = {"base": str(environment), "platbase": str(environment)}
     folder = Path(sysconfig.get_path("purelib", "venv", paths))
     (folder / "libraries.pth").write_text(sysconfig.get_path("purelib"))

@@ -1,4 +1,4 @@
-"""The real bots, failing now and then, which tell what came of each request and what is left."""
+"""The real bots. They fail now and then, and report each request's outcome and what is left."""
 
 import asyncio
 import gc
@@ -23,37 +23,37 @@ from continuousbot import Continuousbot
 from streaming_bots.generation.streamer import ReplyStreamer
 from textbot import Textbot
 
-FAIL_EVERY = 20  # generations: 5 % of them fail
+FAIL_EVERY = 20  # generations, so 5 % of them fail
 FAIL_WITHIN = 6  # steps, fewer than any reply takes
-SETTLE_S = 10  # what is still there after that is left over
+SETTLE_S = 10  # anything still there after this time is left over
 THREAD_OF_POOL = re.compile(r"_\d+$")
 OURS = {"streaming_bots", "textbot", "chatbot", "batchbot", "continuousbot"}
-PREFILL_S = 0.02  # at least, or nobody could leave during it
+PREFILL_S = 0.02  # at least this long, or no client could leave during it
 
 
 class Report(NamedTuple):
-    """One replica at rest: what was since the last report, and what is still there."""
+    """One replica at rest: what happened since the last report, and what is still there."""
 
     pid: int
-    arrived: dict[str, int]  # by request id, of which a WebSocket has one
+    arrived: dict[str, int]  # by request id; a WebSocket has one id
     outcomes: dict[str, list[str]]  # by request id, in the order in which they were counted
     generations: int
     failures: int
-    failing: int  # requests that the failures concern, some of which nobody waits for
-    left_in: dict[str, int]  # requests that were left in this phase: queue, prefill, tokens, end
+    failing: int  # requests that fail with them; nobody waits for some of these
+    left_in: dict[str, int]  # abandoned requests by phase: queue, prefill, tokens, end
     threads: list[str]  # started in Python; a pool counts as one
     native_threads: int
     tasks: list[str]
-    objects: dict[str, int]  # our own and queues, by type
+    objects: dict[str, int]  # of our own types, and queues, by type
     sockets: int
 
 
-class Soaked:
+class SoakBot:
     async def __init__(self, begun_port: int, **arguments: Any) -> None:
         await super().__init__(**arguments)
         self.names: dict[Any, str] = {}  # of requests, by their streamers or rows
         self.begun: set[str] = set()
-        self.begun_port = begun_port  # where they are told that the model reads them
+        self.begun_port = begun_port  # where the bot reports which requests its model reads
         self.udp = socket.socket(type=socket.SOCK_DGRAM)
         self.watch_cancelling()
         self.count_outcome = self.metrics.count
@@ -72,7 +72,7 @@ class Soaked:
         self.left_in: Counter[str] = Counter()
 
     def watch_cancelling(self) -> None:
-        """Know the names of requests, and in which phase each is when its client leaves."""
+        """Note the name of each request, and its phase when its client leaves."""
         submit, cancel = self.engine.submit, self.engine.cancel
 
         def submit_and_note(streamer: ReplyStreamer) -> None:
@@ -97,7 +97,7 @@ class Soaked:
         self.left_in[phase] += 1
 
     def tell_begun(self, streamers: list[Any]) -> None:
-        """Called in the model's thread, before it reads their prompts."""
+        """Report what begins. The model's thread calls this before it reads the prompts."""
         for streamer in streamers:
             if (name := self.names.get(streamer)) is not None:
                 self.begun.add(name)
@@ -130,7 +130,7 @@ class Soaked:
         return 1
 
     async def report(self) -> Report:
-        """Wait until all requests are over and the model rests; begin anew."""
+        """Wait until all requests are over and the model rests; report, and start over."""
         own = asyncio.current_task()
         if self.at_rest and (working := asyncio.all_tasks() - self.at_rest - {own}):
             await asyncio.wait(working, timeout=SETTLE_S)
@@ -162,7 +162,7 @@ class Soaked:
 
 
 def names_of_threads() -> list[str]:
-    """Without the threads of Ray's core, which get a name when they first run a callback."""
+    """Omit the threads of Ray's core, which get a name when they first run a callback."""
     return [
         thread.name
         for thread in threading.enumerate()
@@ -171,7 +171,7 @@ def names_of_threads() -> list[str]:
 
 
 def count_objects() -> dict[str, int]:
-    """All objects of our own types, and all queues."""
+    """Count all objects of our own types, and all queues."""
     gc.collect()
     types = Counter(
         type(thing)
@@ -181,17 +181,17 @@ def count_objects() -> dict[str, int]:
     return {kind.__name__: number for kind, number in types.items()}
 
 
-class SoakedTextbot(Soaked, Textbot.func_or_class):
+class SoakTextbot(SoakBot, Textbot.func_or_class):
     pass
 
 
-class SoakedChatbot(Soaked, Chatbot.func_or_class):
+class SoakChatbot(SoakBot, Chatbot.func_or_class):
     pass
 
 
-class SoakedBatchbot(Soaked, Batchbot.func_or_class):
+class SoakBatchbot(SoakBot, Batchbot.func_or_class):
     def watch_cancelling(self) -> None:
-        """Its rows are known to `stream_row`."""
+        """Do nothing: `stream_row` knows the rows."""
 
     def generate_text(self, streamer: RawStreamer) -> None:
         self.rows = streamer.rows
@@ -217,9 +217,9 @@ class SoakedBatchbot(Soaked, Batchbot.func_or_class):
             del self.names[row]
 
 
-class SoakedContinuousBatch(Soaked):
+class SoakContinuousBatch(SoakBot):
     def note(self, streamer: Any) -> None:
-        """A step that failed would fail all replies, and the replica; these fail one alone."""
+        """Make one reply fail alone. A failed step would fail all replies and the replica."""
         self.generations += 1
         super().note(streamer)
         if next(self.numbers) % FAIL_EVERY == 0:
@@ -249,18 +249,18 @@ class SoakedContinuousBatch(Soaked):
             time.sleep(PREFILL_S)
 
 
-class SoakedContinuousbot(SoakedContinuousBatch, Continuousbot.func_or_class):
+class SoakContinuousbot(SoakContinuousBatch, Continuousbot.func_or_class):
     pass
 
 
-class SoakedBatchedChatbot(SoakedContinuousBatch, Chatbot.func_or_class):
+class SoakBatchedChatbot(SoakContinuousBatch, Chatbot.func_or_class):
     pass
 
 
 SOAKED = {
-    "textbot": (SoakedTextbot, Textbot, {}),
-    "chatbot": (SoakedChatbot, Chatbot, {}),
-    "batched_chatbot": (SoakedBatchedChatbot, Chatbot, {"max_batch_size": 32}),
-    "batchbot": (SoakedBatchbot, Batchbot, {}),
-    "continuousbot": (SoakedContinuousbot, Continuousbot, {}),
+    "textbot": (SoakTextbot, Textbot, {}),
+    "chatbot": (SoakChatbot, Chatbot, {}),
+    "batched_chatbot": (SoakBatchedChatbot, Chatbot, {"max_batch_size": 32}),
+    "batchbot": (SoakBatchbot, Batchbot, {}),
+    "continuousbot": (SoakContinuousbot, Continuousbot, {}),
 }

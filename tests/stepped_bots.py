@@ -1,7 +1,7 @@
-"""The real bots, whose model waits at a gate before each step, so that tests decide the order.
+"""The real bots. Their model waits at a gate before each step, so that tests decide the order.
 
-A test lets the model take some steps, does what it is about (reads, disconnects, asks again),
-waits for the events that this causes in the bot, and lets the model continue.
+A test lets the model take some steps. The test then does what it is about: it reads, disconnects or
+asks again. It waits for the events that this causes in the bot, and lets the model continue.
 """
 
 import asyncio
@@ -35,7 +35,8 @@ DECODE_ERROR = "The reply cannot be decoded."
 class Reporter:
     """Tells the gate what happens, from a thread of its own.
 
-    Ray cancels the calls that a cancelled request has made, and with them the news of its end.
+    When Ray cancels a request, it also cancels the calls that the request has made. Without this
+    thread, the news of the request's end would be lost.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -50,7 +51,7 @@ class Reporter:
         self.thread.submit(int).result()
 
 
-class Stepped:
+class SteppedBot:
     """Reports what happens, waits before each step of the model, and fails when it is told to."""
 
     async def __init__(self, gate: Gate, **arguments: Any) -> None:
@@ -94,15 +95,15 @@ class Stepped:
         return os.getpid()
 
     def flush(self) -> None:
-        """Have everything told to the gate, such as the end of what an earlier test asked."""
+        """Tell the gate everything that is left, such as the end of an earlier test's request."""
         self.report.flush()
 
     def stall_after(self, seconds: float) -> None:
         self.engine.watchdog.stall_timeout_s = seconds
-        self.engine.watchdog.watching = None  # the next prompt is watched anew
+        self.engine.watchdog.watching = None  # with the next prompt, watching starts over
 
     def slow_down(self, seconds: float) -> None:
-        """Let each layer of the model take so long."""
+        """Let each layer of the model take this many seconds."""
         for layer in self.model.transformer.h:
             layer.register_forward_hook(lambda *_: time.sleep(seconds))
 
@@ -117,7 +118,7 @@ def failing_tokenizer(original: type) -> type:
     return FailingTokenizer
 
 
-class SteppedText(Stepped):
+class SteppedSingleReplyBot(SteppedBot):
     def submit_and_report(self, streamer: ReplyStreamer) -> None:
         self.spoil(streamer.decoder, streamer.input_ids)
         super().submit_and_report(streamer)
@@ -131,12 +132,12 @@ class SteppedText(Stepped):
             self.report("left")
 
 
-class SteppedTextbot(SteppedText, Textbot.func_or_class):
+class SteppedTextbot(SteppedSingleReplyBot, Textbot.func_or_class):
     pass
 
 
-class SteppedChatbot(SteppedText, Chatbot.func_or_class):
-    """Has fewer places, and notices sooner that it ends."""
+class SteppedChatbot(SteppedSingleReplyBot, Chatbot.func_or_class):
+    """A Chatbot with fewer places, which notices sooner that its replica ends."""
 
     async def __init__(self, *arguments: Any, **options: Any) -> None:
         drain.LOOK_EVERY_S, drain.SILENCE_S = 0.5, 3 * HEALTH_CHECK_PERIOD_S
@@ -144,11 +145,11 @@ class SteppedChatbot(SteppedText, Chatbot.func_or_class):
         self.places = asyncio.Semaphore(MAX_CHATS)
 
 
-class SteppedContinuousbot(SteppedText, Continuousbot.func_or_class):
+class SteppedContinuousbot(SteppedSingleReplyBot, Continuousbot.func_or_class):
     pass
 
 
-class SteppedBatchbot(Stepped, Batchbot.func_or_class):
+class SteppedBatchbot(SteppedBot, Batchbot.func_or_class):
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
         self.spoil(row.decoder, row.input_ids)
         self.report("asked")
@@ -160,7 +161,7 @@ class SteppedBatchbot(Stepped, Batchbot.func_or_class):
             self.report("left")
 
 
-# A bot by its name in the tests, the original, and what it is constructed with.
+# By name in the tests: the stepped bot, the original, and the arguments of the constructor.
 STEPPED: dict[str, tuple[type, serve.Deployment, dict[str, Any]]] = {
     "textbot": (SteppedTextbot, Textbot, {}),
     "chatbot": (SteppedChatbot, Chatbot, {}),
@@ -171,7 +172,7 @@ STEPPED: dict[str, tuple[type, serve.Deployment, dict[str, Any]]] = {
 
 
 def stepped(name: str, gate: Gate, options: dict[str, Any], **arguments: Any) -> Application:
-    """A stepped bot, with the options of the original, faster health checks, and these."""
+    """Return a stepped bot with the original's options, faster health checks, and `options`."""
     bot, original, own = STEPPED[name]
     options = {
         "func_or_class": bot,

@@ -23,7 +23,7 @@ class Terminal:
             dimensions=(HEIGHT, WIDTH),
         )
         self.screen = pyte.Screen(WIDTH, HEIGHT)
-        self.screen.write_process_input = self.process.send  # such as where the cursor is
+        self.screen.write_process_input = self.process.send  # such as the place of the cursor
         self.stream = pyte.Stream(self.screen)
 
     @property
@@ -31,7 +31,7 @@ class Terminal:
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
     def expect(self, screen: str) -> None:
-        """Wait until the whole screen is this, but for spaces at the ends of lines."""
+        """Wait until the whole screen equals this, except for spaces at the ends of lines."""
         lines = [
             line[start : start + WIDTH].rstrip()
             for line in screen.rstrip().split("\n")

@@ -75,7 +75,7 @@ def answer(
         (["*"], "anything.at:80", 200),
     ],
 )
-def test_only_allowed_hosts_are_answered_for(kind, allowed, host, status):
+def test_only_requests_for_allowed_hosts_are_answered(kind, allowed, host, status):
     access = AccessSettings() if allowed is None else AccessSettings(allowed_hosts=allowed)
     assert answer(access, {"Host": host}, kind)[0] == status
 
@@ -120,7 +120,7 @@ def test_any_origin_may_be_allowed():
         assert answer(AccessSettings(allowed_origins=["*"]), {"Origin": origin})[0] == 200
 
 
-def test_an_allowed_origin_may_read_the_answer_and_ask_before_with_no_key(tmp_path):
+def test_an_allowed_origin_may_send_a_preflight_without_a_key_and_read_the_answer(tmp_path):
     (tmp_path / "key").write_text(KEY)
     origin = "https://chat.example.org"
     access = AccessSettings(allowed_origins=[origin], api_key_file=tmp_path / "key")
@@ -167,14 +167,14 @@ def test_without_allowed_origins_no_page_may_read_an_answer():
         ("x-request-id", "mine", 200),
     ],
 )
-def test_a_client_does_not_decide_what_is_the_operators(kind, name, value, status):
+def test_a_client_cannot_override_the_operators_settings(kind, name, value, status):
     found, _, body = answer(AccessSettings(), {name: value}, kind)
     assert found == status
     assert status == 200 or name.lower() in body.decode()
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_a_query_has_no_more_parameters_than_are_soon_read(kind):
+def test_a_query_with_too_many_parameters_is_refused(kind):
     assert answer(AccessSettings(), {}, kind, query="&".join(["stop=a"] * 50))[0] == 200
     status, _, body = answer(AccessSettings(), {}, kind, query="&".join(["stop=a"] * 51))
     assert status == 422
@@ -202,7 +202,7 @@ def in_base64(key: str) -> str:
         ("Bearer \xff\xfe", 401),
     ],
 )
-def test_a_key_is_needed_where_one_is_set(tmp_path, kind, authorization, status):
+def test_requests_need_the_key_if_the_bot_has_one(tmp_path, kind, authorization, status):
     (tmp_path / "key").write_text(f"  {KEY}\n")
     headers = {} if authorization is None else {"Authorization": authorization}
     found, answered, body = answer(AccessSettings(api_key_file=tmp_path / "key"), headers, kind)
@@ -241,7 +241,7 @@ def test_a_browser_offers_the_key_as_a_subprotocol(tmp_path, subprotocols, statu
         ("käse".encode(), "must be ASCII"),
     ],
 )
-def test_a_file_without_a_key_is_refused_in_build(tmp_path: Path, content, problem):
+def test_build_refuses_a_file_without_a_key(tmp_path: Path, content, problem):
     file = tmp_path / "key"
     if content is not None:
         file.write_bytes(content)
@@ -272,7 +272,7 @@ def test_the_key_stays_in_its_file_until_a_replica_reads_it(tmp_path, monkeypatc
         {"allowed_origins": ["https://*.example.org"]},
     ],
 )
-def test_what_is_no_host_or_origin_is_named(wrong):
+def test_an_error_names_the_argument_with_an_invalid_host_or_origin(wrong):
     with pytest.raises(ValidationError) as error:
         BotSettings(**wrong)
     assert error.value.errors()[0]["loc"][0] == next(iter(wrong))

@@ -1,4 +1,4 @@
-"""batchbot.py: rows that run together, and end each for itself."""
+"""batchbot.py: rows run together, and each row ends by itself."""
 
 import asyncio
 import logging
@@ -73,12 +73,12 @@ def batchbot(bots: Bots) -> Iterator[Bot]:
 
 @pytest.fixture
 def pairs(batchbot: Bot) -> Bot:
-    """A Batchbot whose batches start as soon as, and not before, two requests are there."""
+    """A Batchbot that begins a batch as soon as two requests are there, and not before."""
     batches_of(batchbot, 2, wait_s=60)
     return batchbot
 
 
-def test_every_row_of_a_mixed_batch_is_what_generate_says_alone(batchbot, loaded):
+def test_every_row_of_a_mixed_batch_equals_the_reply_of_generate_alone(batchbot, loaded):
     batches_of(batchbot, len(PROMPTS), wait_s=60)
     with ThreadPoolExecutor(len(PROMPTS)) as callers:
         replies = list(callers.map(lambda prompt: http_reply(batchbot, prompt), PROMPTS))
@@ -135,7 +135,7 @@ def test_the_model_runs_no_longer_than_the_longest_row(pairs):
     assert pairs.gate.count("step") == 5
 
 
-def test_a_row_that_has_finished_or_was_left_costs_nothing_more(batchbot, loaded):
+def test_a_finished_or_abandoned_row_costs_nothing_more(batchbot, loaded):
     batches_of(batchbot, 3, wait_s=60)
     batchbot.gate.hold_after(4)
     staying, _, leaving = (HttpCaller(batchbot, LONG, limit) for limit in (8, 3, None))
@@ -147,13 +147,13 @@ def test_a_row_that_has_finished_or_was_left_costs_nothing_more(batchbot, loaded
     assert staying.outcome() == "finished"
     assert staying.text == reference(loaded, [LONG], 8)
     prompt = len(loaded.tokenizer(LONG)["input_ids"]) + 1
-    # Three prompts; two steps with three rows, two with two; three with the one that stayed.
+    # Three prompts; two steps with three rows; two with two rows; three with the staying row.
     assert batchbot.gate.count("tokens") == 3 * prompt + 2 * 3 + 2 * 2 + 3
     batchbot.gate.wait("finished", 2)
 
 
 def test_prompts_that_arrive_while_a_batch_runs_make_one_next_batch(batchbot, loaded):
-    batches_of(batchbot, wait_s=0.001)  # less than from one to the next
+    batches_of(batchbot, wait_s=0.001)  # less than the time between two prompts
     batchbot.gate.hold_after(0)
     with ThreadPoolExecutor(4) as callers:
         replies = [callers.submit(http_reply, batchbot, SHORT, 2)]
@@ -179,10 +179,10 @@ def test_a_client_that_leaves_stops_its_row_alone(pairs, loaded):
         assert staying.result() == reference(loaded, [LONG], MAX_NEW_TOKENS)
 
 
-def test_replies_are_whole_also_where_generate_stops_one_step_late(pairs, loaded, monkeypatch):
-    """As transformers does on Apple's GPUs: it asks once more whether to stop."""
+def test_replies_are_complete_even_if_generate_stops_one_step_late(pairs, loaded, monkeypatch):
+    """On Apple's GPUs, transformers does this: it asks once more whether to stop."""
     monkeypatch.setattr(DeferredStopCheck, "is_supported", lambda *_, **__: True)
-    monkeypatch.setattr(torch, "Event", Mock)  # CPUs have none, and none to wait for
+    monkeypatch.setattr(torch, "Event", Mock)  # CPUs have no events, and none to wait for
     for lengths in ((3, 4), (4, 3), (3, 9)):
         replies = replies_together(pairs, [LONG, LONG], list(lengths))
         assert replies == [reference(loaded, [LONG], length) for length in lengths]
@@ -212,7 +212,7 @@ def test_a_failure_before_the_first_token_is_a_500_for_every_row(pairs, loaded):
     assert http_reply(pairs, SHORT) == reference(loaded, [SHORT], MAX_NEW_TOKENS)
 
 
-def test_a_failure_in_the_middle_breaks_off_the_rows_that_still_ran(pairs, loaded):
+def test_a_failure_in_mid_reply_breaks_off_only_the_unfinished_rows(pairs, loaded):
     pairs.gate.fail_at(4)
     with ThreadPoolExecutor(2) as callers:
         broken = callers.submit(http_reply, pairs, LONG)
@@ -230,10 +230,10 @@ def test_a_reply_that_cannot_be_decoded_fails_alone(pairs, loaded):
     assert callers[1].text == reference(loaded, [SHORT], MAX_NEW_TOKENS)
 
 
-def test_settings_that_are_wrong_leave_a_running_bot_as_it_is(batchbot, loaded):
+def test_invalid_settings_leave_a_running_bot_unchanged(batchbot, loaded):
     batches_of(batchbot, 1, wait_s=60)
     batches_of(batchbot, 0, wait_s=30)
-    assert http_reply(batchbot, SHORT, 2) == reference(loaded, [SHORT], 2)  # it is a full batch
+    assert http_reply(batchbot, SHORT, 2) == reference(loaded, [SHORT], 2)  # one is a full batch
 
 
 MINIMAX = MiniMaxConfig(
@@ -272,7 +272,7 @@ BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2)  # co
 
 
 def batchbot_of(config: PreTrainedConfig, folder: Path, size: int) -> Application:
-    """A Batchbot with such a model, whose batches begin when so many prompts are there."""
+    """Return a Batchbot with such a model. A batch begins when `size` prompts are there."""
     save_random_model(config, folder)
     settings = {"max_batch_size": size, "batch_wait_timeout_s": 60}
     return Batchbot.options(user_config=settings).bind(str(folder))
@@ -290,18 +290,18 @@ def replies_alone(folder: Path, prompts: list[str], lengths: list[int]) -> list[
     ]
 
 
-def test_an_argument_that_user_config_overrides_is_named(caplog, monkeypatch):
+def test_the_log_names_an_argument_that_user_config_overrides(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     given = BatchbotSettings(model=BUNDLED, max_batch_size=8).constructor_arguments()
     settings = BatchbotSettings(**given)  # as in the replica
     settings.reconfigure({"max_batch_size": 8, "batch_wait_timeout_s": 3})
     assert caplog.messages == []
     settings.reconfigure({"max_batch_size": 4, "batch_wait_timeout_s": 3})
-    told = {record.getMessage() for record in caplog.records}  # by both of its handlers
+    told = {record.getMessage() for record in caplog.records}  # both handlers record it
     assert told == {"max_batch_size is 4, from user_config, and not 8, from args"}
 
 
-def test_a_batch_that_all_have_left_before_it_begins_ends_at_once(loaded):
+def test_a_batch_ends_at_once_if_all_clients_leave_before_it_begins(loaded):
     async def read() -> list[Any]:
         row = Row(loaded.tokenizer, [0], reply_options(9), [])
         row.cancelled = True
@@ -313,7 +313,7 @@ def test_a_batch_that_all_have_left_before_it_begins_ends_at_once(loaded):
     assert asyncio.run(read()) == []
 
 
-def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loaded):
+def test_a_reply_with_unread_tokens_fails_when_the_model_dies(loaded):
     def die(streamer: RawStreamer) -> None:
         streamer(torch.tensor([[0, 5]]), None)
         streamer.put(torch.tensor([5]))
@@ -341,9 +341,11 @@ def test_a_reply_whose_last_tokens_are_unread_when_the_model_dies_has_failed(loa
     ],
     ids=["mamba", "openai-gpt", "recurrent-gemma", "gpt-neo"],
 )
-def test_rows_end_apart_whatever_the_cache_is(config, goes_on, bots: Bots, run_other, tmp_path):
-    """GPT's is empty, Mamba reads everything again on top of its own, and RecurrentGemma keeps its
-    state elsewhere."""
+def test_rows_end_independently_with_any_kind_of_cache(
+    config, goes_on, bots: Bots, run_other, tmp_path
+):
+    """GPT's cache is empty. Mamba reads everything again on top of its own cache. RecurrentGemma
+    keeps its state elsewhere."""
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
     bot = run_other(batchbot_of(config, tmp_path, 3))
     read: list[int] = []  # tokens in each step
@@ -357,15 +359,15 @@ def test_rows_end_apart_whatever_the_cache_is(config, goes_on, bots: Bots, run_o
     assert replies == replies_alone(tmp_path, prompts, lengths)
 
 
-def test_a_long_prompt_beside_it_takes_no_room_from_a_reply(run_other, tmp_path):
-    """GPT-Neo has no place beyond its context, also where that begins with padding."""
+def test_a_long_prompt_in_the_batch_takes_no_room_from_another_reply(run_other, tmp_path):
+    """GPT-Neo has no place beyond its context, even if the context begins with padding."""
     prompts, lengths = ["x" * 59, "Hey!", "Hi!"], [4, 32, 4]
     replies = replies_together(run_other(batchbot_of(GPT_NEO, tmp_path, 3)), prompts, lengths)
     assert replies == replies_alone(tmp_path, prompts, lengths)
 
 
 def rows_of(*lengths: int) -> list[Row]:
-    """Rows of prompts with so many tokens, whose replies may have ten."""
+    """Return rows of prompts with these numbers of tokens. Each reply may have ten tokens."""
     tokenizer = byte_tokenizer(512)
     return [Row(tokenizer, [0] * length, reply_options(10), []) for length in lengths]
 
@@ -388,7 +390,7 @@ PHI = Phi3Config(
 
 
 @pytest.mark.parametrize("bot", [Batchbot, Continuousbot], ids=lambda bot: bot.name)
-def test_a_model_whose_positions_change_with_the_longest_row_has_its_first_context(
+def test_a_model_with_length_dependent_positions_keeps_its_original_context(
     bot, run_other, tmp_path
 ):
     save_random_model(PHI, tmp_path)
@@ -398,7 +400,7 @@ def test_a_model_whose_positions_change_with_the_longest_row_has_its_first_conte
     assert http_reply(served, "Hey!", 12) == replies_alone(tmp_path, ["Hey!"], [12])[0]
 
 
-def test_prompts_that_would_mostly_be_padding_run_apart_the_shortest_first():
+def test_batches_of_mostly_padding_are_split_and_the_shortest_prompts_run_first():
     def lengths(context: int, *prompts: int) -> list[list[int]]:
         parts = split_rows(rows_of(*prompts), context)
         return [[len(row.input_ids) for row in part] for part in parts]
@@ -408,12 +410,12 @@ def test_prompts_that_would_mostly_be_padding_run_apart_the_shortest_first():
     assert lengths(32_000, 15_000, 12_000) == [[15_000, 12_000]]
 
 
-def test_rows_that_together_would_take_too_much_memory_run_apart():
+def test_rows_that_need_too_much_memory_together_run_in_separate_parts():
     parts = split_rows(rows_of(*[8000] * 9), 32_000)
     assert [len(part) for part in parts] == [4, 4, 1]
 
 
-def test_a_part_of_a_batch_that_fails_fails_no_other(bots: Bots, run_other, tmp_path):
+def test_a_failing_part_of_a_batch_fails_no_other_part(bots: Bots, run_other, tmp_path):
     bot = run_other(batchbot_of(GPT_NEO, tmp_path, 2))
 
     def fail_for_long(model, arguments, options) -> None:
@@ -442,7 +444,7 @@ def test_a_client_that_leaves_during_an_earlier_part_costs_the_next_nothing(
     callers = [HttpCaller(bot, *each) for each in (("Hey!", 32), ("x" * 58, 4), ("y" * 59, 4))]
     assert begun.wait(HANG_S)  # with the short prompt
     (row,) = (row for row in its.metrics.running.members if len(row.input_ids) == 60)
-    row.cancelled = True  # as Serve would see to it
+    row.cancelled = True  # as Serve would do
     callers.pop().leave("close")
     go.set()
     assert {caller.outcome() for caller in callers} == {"finished"}
@@ -451,19 +453,19 @@ def test_a_client_that_leaves_during_an_earlier_part_costs_the_next_nothing(
 
 @pytest.mark.parametrize("config", [RWKV, BART], ids=lambda each: each.model_type)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_reads_padding_is_known_by_its_logits(config, dtype, tmp_path):
+def test_a_model_that_reads_padding_is_detected_by_its_logits(config, dtype, tmp_path):
     save_random_model(config, tmp_path)
     with pytest.raises(ValueError, match=f"cannot batch {config.model_type}: it reads the padding"):
         check_padding(load_model(str(tmp_path), dtype).model)
 
 
-def test_padding_that_is_read_only_while_a_reply_is_written_is_known_too(tmp_path):
+def test_a_model_that_reads_padding_only_while_it_writes_is_detected_too(tmp_path):
     save_random_model(MINIMAX, tmp_path)
     with pytest.raises(ValueError, match="cannot batch minimax: it reads the padding"):
         check_padding(load_model(str(tmp_path)).model)
 
 
-def test_a_model_whose_logits_are_no_numbers_is_refused_and_tokens_never_written_are_none(loaded):
+def test_a_model_with_nan_logits_is_refused_but_tokens_it_never_writes_are_accepted(loaded):
     def spoil(value: float, *tokens: int):
         def change(model, arguments, output) -> None:
             output.logits[..., list(tokens) or slice(None)] = value
@@ -479,7 +481,7 @@ def test_a_model_whose_logits_are_no_numbers_is_refused_and_tokens_never_written
     hook.remove()
 
 
-def test_rounding_is_not_taken_for_padding_that_is_read():
+def test_rounding_errors_are_not_mistaken_for_reading_padding():
     check_padding(load_model("tiny-dialog", "bfloat16").model)
 
 
@@ -513,7 +515,7 @@ def test_unicode_arrives_whole_in_every_row(bots: Bots):
             return [chunk.decode() for chunk in response.iter_content(chunk_size=None)]
 
     with ThreadPoolExecutor(2) as callers:
-        # A prompt that is shorter by two characters has two dots before its reply.
+        # If a prompt is shorter by two characters, two dots come before its reply.
         rows = callers.map(chunks_of, [EMOJI_PROMPT, EMOJI_PROMPT[2:]])
         assert ["".join(row) for row in rows] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
     batches_of(bot)

@@ -1,4 +1,4 @@
-"""The Chatbot on continuous batches: many conversations at once, none of which sees another."""
+"""The Chatbot on continuous batches: of many conversations at once, none sees another."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,8 +22,8 @@ def chatbot(bots: Bots) -> Bot:
     return bots.batched_chatbot
 
 
-def test_32_chats_at_once_say_what_each_would_alone(chatbot, loaded):
-    """Of different lengths, and each knows what was said in it, and in no other."""
+def test_32_chats_at_once_get_the_replies_they_would_get_alone(chatbot, loaded):
+    """The chats have different lengths. Each knows what was said in it, and in no other."""
     introductions = [
         f"My name is {NAMES[number % len(NAMES)]}{'!' * (number // len(NAMES))}"
         for number in range(32)
@@ -52,7 +52,7 @@ def test_a_reply_begins_beside_31_others_within_one_step(chatbot, loaded):
     chatbot.gate.wait("step", 5)
     joining = ChatCaller(chatbot, STORY)
     chatbot.gate.wait("submitted", 32)
-    chatbot.gate.release(2)  # the step that has begun, and one with all
+    chatbot.gate.release(2)  # the step that has begun, and one with all rows
     joining.first()
     chatbot.gate.release()
     for caller in (*others, joining):
@@ -75,7 +75,7 @@ def test_a_chat_without_a_place_is_told_how_many_must_end_first(two_places):
             two_places.gate.wait("submitted", number + 1)
         three.prompt(STORY)
         assert three.receive() == {"type": "waiting", "ahead": 1}
-        two.send(type="stop")  # which leaves its place to the third
+        two.send(type="stop")  # which frees its place for the third
         assert two.answer()[1]["finish_reason"] == "cancelled"
         assert three.receive() == {"type": "waiting", "ahead": 0}
         two_places.gate.release()
@@ -84,11 +84,11 @@ def test_a_chat_without_a_place_is_told_how_many_must_end_first(two_places):
     two_places.gate.wait("cancelled", 1)
 
 
-def test_a_chat_that_is_left_leaves_its_place(two_places):
+def test_an_abandoned_chat_frees_its_place(two_places):
     two_places.gate.hold_after(0)
     leaving, staying = ChatCaller(two_places, STORY), ChatCaller(two_places, STORY)
     two_places.gate.wait("submitted", 2)
-    two_places.gate.release(3)  # the second prompt is read in the first step, or in the next
+    two_places.gate.release(3)  # the model reads the second prompt in the first step or the next
     for caller in (leaving, staying):
         caller.first()
     waiting = ChatCaller(two_places, STORY)

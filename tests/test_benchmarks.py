@@ -1,4 +1,4 @@
-"""benchmarks/: the load is what it says, and replies are as long as they were asked to be."""
+"""benchmarks/: the load is as described, and replies are as long as requested."""
 
 import argparse
 import asyncio
@@ -33,7 +33,7 @@ def test_an_endless_model_writes_as_many_tokens_as_it_may(tmp_path, source, monk
     in_process.save_endless(source, tmp_path)
     loaded = load_model(str(tmp_path))
     for way in (in_process.Generate(loaded), in_process.Continuous(loaded, 2)):
-        way.run(3, 150)  # asserts that so many came, or waits for them
+        way.run(3, 150)  # asserts that this many tokens came, or waits for them
     text = [{"role": "user", "content": "Thank you, good night!"}]
     assert encode(text, loaded.tokenizer, 100)
 
@@ -52,7 +52,7 @@ def test_the_closed_loop_asks_as_often_as_it_is_told_to(bots: Bots):
     assert 0 < summary["ttft_ms_p50"] <= summary["ttft_ms_p95"] <= summary["ttft_ms_max"]
 
 
-def test_the_open_loop_comes_at_its_rate_with_mixed_lengths(bots: Bots):
+def test_the_open_loop_sends_requests_at_its_rate_with_mixed_lengths(bots: Bots):
     bots.continuousbot.gate.open()
     ask = ask_of(bots.continuousbot)
     replies = asyncio.run(open_loop(ask, 20, 2, (2, 16), lambda reply: None))
@@ -81,7 +81,7 @@ def test_the_load_command_prints_a_summary(bots: Bots):
     assert "16 replies" in ran.stderr  # progress
 
 
-def test_a_bot_is_measured_as_it_is_asked_for(tmp_path):
+def test_a_bot_is_measured_with_the_requested_options(tmp_path):
     options = argparse.Namespace(dtype="bfloat16", cpus=1, gpus=1.0, max_batch_size=64)
     common = ["dtype=bfloat16", "num_cpus=1", "num_gpus=1.0"]
     assert bench.bot_arguments("textbot", options) == common
@@ -92,7 +92,7 @@ def test_a_bot_is_measured_as_it_is_asked_for(tmp_path):
     assert server.environment == SETTINGS["haproxy"]
 
 
-def test_what_is_measured_in_process_waits_to_be_asked():
+def test_an_in_process_benchmark_waits_until_it_is_asked():
     options = argparse.Namespace(dtype="float32", cpus=1, gpus=0, max_batch_size=2, tokens=4)
     with bench.InProcess("generate", BUNDLED_FOLDER, options) as limit:
         assert limit.measure(1) > 0
@@ -100,7 +100,7 @@ def test_what_is_measured_in_process_waits_to_be_asked():
     assert limit.process.returncode is not None
 
 
-def test_a_server_that_is_stopped_and_its_children_do_not_run_meanwhile():
+def test_a_stopped_server_and_its_children_do_not_run():
     command = "sleep 60 & echo; wait"
     server = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE)
     assert server.stdout is not None

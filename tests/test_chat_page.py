@@ -43,7 +43,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A tab of its own, in whose console nothing may be wrong."""
+    """A new tab. No problem may appear in its console."""
     page = new_page(browser)
     yield page
     page.context.close()
@@ -97,21 +97,21 @@ def test_a_reply_appears_word_by_word_with_its_speed_and_the_models_name(page, c
     expect(last_reply(page)).to_have_text(reference(loaded, [STORY], 3))
     expect(page.get_by_role("status")).to_have_text("replying")
     chatbot.gate.wait("step", 4)
-    assert chatbot.gate.count("step") == 4  # the model stands before its fourth token
+    assert chatbot.gate.count("step") == 4  # the model waits before its fourth token
     expect(page.locator("#spoken")).to_be_empty()
     chatbot.gate.release()
     expect(page.get_by_role("status")).to_have_text("ready")
     story = reference(loaded, [STORY], CHAT_MAX_NEW_TOKENS)
     expect(page.get_by_role("log")).to_contain_text(story)
-    expect(page.locator("#spoken")).to_have_text(story)  # whole, to a screen reader
+    expect(page.locator("#spoken")).to_have_text(story)  # a screen reader gets the whole reply
     expect(page.get_by_role("group", name="tiny-dialog")).to_have_text(story)
     tokens = len(loaded.tokenizer(story + loaded.tokenizer.eos_token)["input_ids"])
     assert last_note(page).inner_text().startswith(f"{tokens} tokens, ")
     assert last_note(page).inner_text().endswith(" tokens/s")
 
 
-def test_no_other_page_may_show_it_in_a_frame(browser, chatbot):
-    page = new_page(browser)  # whose console tells why
+def test_no_other_page_may_embed_the_chat_page(browser, chatbot):
+    page = new_page(browser)  # its console tells why
     page.set_content(f'<iframe src="{chatbot.http}"></iframe>')
     expect(page.frame_locator("iframe").get_by_role("status")).to_have_count(0)
     assert any("frame-ancestors" in problem for problem in page.problems)
@@ -135,7 +135,7 @@ def test_stop_ends_the_reply_and_keeps_the_conversation(page, chatbot, loaded):
     expect(last_reply(page)).to_have_text(reference(loaded, turns, CHAT_MAX_NEW_TOKENS))
 
 
-def test_who_waits_for_others_sees_how_many(page, chatbot):
+def test_a_waiting_user_sees_how_many_prompts_are_ahead(page, chatbot):
     chatbot.gate.hold_after(0)
     visit(page, chatbot)
     with connect(chatbot.ws) as other:
@@ -163,10 +163,10 @@ def test_two_tabs_have_two_conversations(page, browser, chatbot, loaded):
 
 
 @pytest.mark.parametrize("served", ["chatbot"], indirect=True)
-def test_after_a_restart_it_connects_again_and_says_that_the_conversation_is_new(
+def test_the_page_reconnects_after_a_restart_and_says_that_the_conversation_is_new(
     browser, served, loaded
 ):
-    page = new_page(browser)  # whose console does tell of the connections that fail meanwhile
+    page = new_page(browser)  # its console reports the connections that fail during the restart
     chatbot, process = served, served.call("process")
     chatbot.gate.hold_after(3)
     visit(page, chatbot)
@@ -188,7 +188,7 @@ def test_after_a_restart_it_connects_again_and_says_that_the_conversation_is_new
 
 
 class Relay:
-    """Between a page and its bot's WebSocket: nothing may come through any more, or it closes."""
+    """Stands between a page and its bot's WebSocket. A test can stop all messages or close it."""
 
     def __init__(self, page: Page) -> None:
         self.dead = False
@@ -209,13 +209,13 @@ class Relay:
         server.on_message(to_page)
 
 
-def test_a_connection_on_which_nothing_comes_any_more_is_seen_as_lost(page, chatbot):
+def test_the_page_treats_a_silent_connection_as_lost(page, chatbot):
     relay = Relay(page)
     page.clock.install()
     visit(page, chatbot)
-    for number in range(3):  # as long as the bot is there, its pongs come
+    for number in range(3):  # while the bot is there, its pongs come
         page.clock.run_for(PING_MS)
-        while len(relay.sent) < number + 2:  # with that before it was ready
+        while len(relay.sent) < number + 2:  # including the pong before it was ready
             page.wait_for_timeout(1)
     expect(page.get_by_role("status")).to_have_text("ready")
     assert relay.sent == ['{"type": "pong"}'] * 4
@@ -228,7 +228,7 @@ def test_a_connection_on_which_nothing_comes_any_more_is_seen_as_lost(page, chat
     assert len(relay.routes) == 2
 
 
-def test_a_bot_that_nobody_uses_is_not_woken_before_somebody_types(page, chatbot):
+def test_the_page_does_not_wake_an_idle_bot_before_the_user_types(page, chatbot):
     relay = Relay(page)
     page.clock.install()
     visit(page, chatbot)
@@ -243,7 +243,7 @@ def test_a_bot_that_nobody_uses_is_not_woken_before_somebody_types(page, chatbot
     assert len(relay.routes) == 2
 
 
-def test_a_message_that_was_not_answered_is_there_to_be_sent_again(page, chatbot):
+def test_an_unanswered_message_returns_to_the_input_to_be_sent_again(page, chatbot):
     chatbot.gate.hold_after(0)
     relay = Relay(page)
     visit(page, chatbot)
@@ -259,7 +259,7 @@ def test_a_message_that_was_not_answered_is_there_to_be_sent_again(page, chatbot
     expect(page.get_by_label("Your message")).to_have_value("")
 
 
-def test_a_bot_that_is_full_is_never_ready(page, chatbot):
+def test_the_page_never_shows_a_full_bot_as_ready(page, chatbot):
     page.route_web_socket(re.compile("^ws:"), lambda route: route.close(code=1013, reason="full"))
     page.add_init_script(f"addEventListener('DOMContentLoaded', () => {{{RECORD_STATES}}})")
     page.goto(chatbot.http)
@@ -267,7 +267,7 @@ def test_a_bot_that_is_full_is_never_ready(page, chatbot):
     assert "ready" not in page.evaluate("states")
 
 
-def test_what_the_model_has_forgotten_is_told(page, chatbot):
+def test_the_page_says_how_many_messages_the_model_has_forgotten(page, chatbot):
     visit(page, chatbot)
     for number in range(3):
         say(page, f"{'word ' * 30}{number}")
@@ -276,7 +276,7 @@ def test_what_the_model_has_forgotten_is_told(page, chatbot):
     expect(last_note(page)).to_contain_text("the first 4 messages are forgotten")
 
 
-def test_markup_is_text_in_prompts(page, chatbot):
+def test_the_page_shows_markup_in_prompts_as_text(page, chatbot):
     visit(page, chatbot)
     markup = "<img src=x onerror=\"document.title='hacked'\"><b>Hi</b>"
     say(page, markup)
@@ -286,9 +286,9 @@ def test_markup_is_text_in_prompts(page, chatbot):
     assert page.title() == "tiny-dialog"
 
 
-def test_with_a_key_it_asks_for_it_and_markup_is_text_in_replies(browser, bots: Bots):
+def test_the_page_asks_for_the_key_and_shows_markup_in_replies_as_text(browser, bots: Bots):
     bots.emoji_chatbot.gate.open()
-    page = new_page(browser)  # whose console does tell of the key that is refused
+    page = new_page(browser)  # its console reports the refused key
     page.goto(bots.emoji_chatbot.http)
     expect(page.get_by_role("status")).to_have_text("disconnected: it needs a key")
     expect(page.get_by_label("API key")).to_be_focused()
@@ -309,7 +309,7 @@ def test_with_a_key_it_asks_for_it_and_markup_is_text_in_replies(browser, bots: 
     page.context.close()
 
 
-def test_a_keyboard_is_enough(page, chatbot, loaded):
+def test_the_page_works_with_a_keyboard_alone(page, chatbot, loaded):
     chatbot.gate.hold_after(2)
     visit(page, chatbot)
     expect(page.get_by_label("Your message")).to_be_focused()
@@ -330,7 +330,7 @@ def test_a_keyboard_is_enough(page, chatbot, loaded):
     page.keyboard.press("Escape")
     expect(page.get_by_role("status")).to_have_text("ready")
     page.keyboard.press("Shift+Tab")
-    expect(page.get_by_role("log")).to_be_focused()  # which the arrow keys scroll
+    expect(page.get_by_role("log")).to_be_focused()  # so that the arrow keys scroll it
 
 
 def test_a_blank_message_is_not_sent_and_one_that_is_too_long_is_answered(page, chatbot, loaded):
@@ -341,12 +341,12 @@ def test_a_blank_message_is_not_sent_and_one_that_is_too_long_is_answered(page, 
     say(page, "word " * 400)
     expect(page.get_by_role("status")).to_have_text("ready")
     expect(last_note(page)).to_contain_text("the prompt has 403 tokens")
-    expect(page.get_by_label("Your message")).to_have_value("word " * 400)  # to be shortened
+    expect(page.get_by_label("Your message")).to_have_value("word " * 400)  # to shorten it
     say(page, HELLO)
     expect(last_reply(page)).to_have_text(reference(loaded, [HELLO], CHAT_MAX_NEW_TOKENS))
 
 
-def test_the_query_says_how_replies_are_written(page, chatbot, loaded):
+def test_the_query_of_the_page_sets_the_options_of_replies(page, chatbot, loaded):
     page.goto(f"{chatbot.http}?max_new_tokens=4")
     say(page, STORY)
     expect(last_reply(page)).to_have_text(reference(loaded, [STORY], 4))
@@ -358,7 +358,7 @@ def test_the_query_says_how_replies_are_written(page, chatbot, loaded):
     )
 
 
-def test_its_address_needs_no_slash_at_the_end(page, chatbot, loaded):
+def test_the_pages_address_needs_no_trailing_slash(page, chatbot, loaded):
     page.goto(chatbot.http.rstrip("/"))
     expect(page.get_by_role("status")).to_have_text("ready")
     say(page, HELLO)
@@ -366,7 +366,7 @@ def test_its_address_needs_no_slash_at_the_end(page, chatbot, loaded):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_suits_light_and_dark(browser, chatbot, scheme):
+def test_the_page_fits_a_phone_and_suits_light_and_dark(browser, chatbot, scheme):
     page = new_page(browser, viewport={"width": 360, "height": 640}, color_scheme=scheme)
     visit(page, chatbot)
     say(page, "A" * 200)
@@ -379,7 +379,7 @@ def test_it_fits_a_phone_and_suits_light_and_dark(browser, chatbot, scheme):
     assert page.problems == []
 
 
-def test_it_follows_what_is_written_unless_somebody_scrolls_up(browser, chatbot):
+def test_the_page_follows_a_reply_unless_the_user_scrolls_up(browser, chatbot):
     page = new_page(browser, viewport={"width": 360, "height": 400})
     visit(page, chatbot)
     for _ in range(3):
@@ -392,7 +392,7 @@ def test_it_follows_what_is_written_unless_somebody_scrolls_up(browser, chatbot)
     expect(last_reply(page)).not_to_be_empty()  # no more text is on its way
     page.evaluate("document.all.log.scrollTop = 0")
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    chatbot.gate.release()  # now that the page has been told that it was scrolled
+    chatbot.gate.release()  # now that the page knows that the user has scrolled
     expect(page.get_by_role("status")).to_have_text("ready")
     assert page.evaluate("document.all.log.scrollTop") == 0
     page.context.close()
@@ -417,7 +417,7 @@ def test_the_page_is_there_without_the_key_and_nothing_else_is(bots: Bots, metho
     assert requests.post(bots.emoji_chatbot.http, timeout=HANG_S).status_code == 401
 
 
-def test_a_bot_that_is_full_is_asked_less_often_and_its_reason_shown(browser, chatbot):
+def test_the_page_retries_a_full_bot_less_often_and_shows_its_reason(browser, chatbot):
     page = new_page(browser)
     page.route_web_socket("**", lambda socket: socket.close(code=1013, reason="too many chats"))
     page.goto(chatbot.http)

@@ -1,4 +1,4 @@
-"""chat.v1: the subprotocol in which replies can be stopped and errors survived."""
+"""chat.v1: the subprotocol in which clients can stop replies and conversations survive errors."""
 
 import json
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Client:
         return json.loads(self.websocket.recv(timeout=HANG_S))
 
     def answer(self) -> tuple[str, dict[str, Any]]:
-        """The text of a reply, and the message that ends it."""
+        """Return the text of a reply, and the message that ends it."""
         text = ""
         while (message := self.receive())["type"] in ("waiting", "text"):
             text += message.get("text", "")
@@ -96,7 +96,7 @@ def test_a_conversation_is_remembered(chatbot, loaded):
     assert text == reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
 
 
-def test_the_end_of_a_reply_tells_what_the_model_no_longer_sees(chatbot):
+def test_the_end_of_a_reply_says_how_many_messages_the_model_no_longer_sees(chatbot):
     with chat(chatbot) as client:
         ends = [client.ask(f"{'word ' * 30}{number}")[1] for number in range(3)]
         sees = [(end["messages"], end["dropped"]) for end in ends]
@@ -105,7 +105,7 @@ def test_the_end_of_a_reply_tells_what_the_model_no_longer_sees(chatbot):
     assert [sum(pair) for pair in sees] == [2, 4, 6]
 
 
-def test_a_ping_is_answered_also_before_the_end_of_a_reply(chatbot):
+def test_a_ping_is_answered_even_during_a_reply(chatbot):
     chatbot.gate.hold_after(1)
     with chat(chatbot) as client:
         client.prompt(STORY)
@@ -117,8 +117,8 @@ def test_a_ping_is_answered_also_before_the_end_of_a_reply(chatbot):
         assert client.answer()[1]["type"] == "done"
 
 
-def test_a_prompt_may_be_as_long_as_the_model_takes_however_it_is_written(chatbot, loaded):
-    # Each of its characters is \u00e4, six bytes, and more tokens than fit: the tokens are counted.
+def test_the_length_limit_of_a_prompt_does_not_depend_on_its_json_escapes(chatbot, loaded):
+    # In JSON, each character is \u00e4, six bytes. The bot counts the tokens, and too many come.
     with chat(chatbot) as client:
         text, end = client.ask("ä" * 3000)
     assert (text, end["type"]) == ("", "error")
@@ -142,7 +142,7 @@ def test_stop_ends_the_reply_and_keeps_the_conversation(chatbot, loaded):
     chatbot.gate.wait("finished", 1)
 
 
-def test_stop_also_ends_what_waits_and_nothing_that_comes_later(chatbot, loaded):
+def test_stop_also_ends_waiting_prompts_but_no_later_ones(chatbot, loaded):
     chatbot.gate.hold_after(2)
     with chat(chatbot) as client:
         client.send(type="stop")  # there is nothing to stop
@@ -168,7 +168,7 @@ def test_stop_also_ends_what_waits_and_nothing_that_comes_later(chatbot, loaded)
         assert (message["finish_reason"], message["tokens"]) == ("length", 2)
 
 
-def test_who_waits_for_others_is_told_how_many(one_at_a_time, loaded):
+def test_a_waiting_client_is_told_how_many_prompts_are_ahead(one_at_a_time, loaded):
     one_at_a_time.gate.hold_after(0)
     with chat(one_at_a_time) as one, chat(one_at_a_time) as two, chat(one_at_a_time) as three:
         one.prompt(HELLO)
@@ -177,14 +177,14 @@ def test_who_waits_for_others_is_told_how_many(one_at_a_time, loaded):
         assert two.receive() == {"type": "waiting", "ahead": 1}
         three.prompt(HELLO)
         assert three.receive() == {"type": "waiting", "ahead": 2}
-        two.send(type="stop")  # it does not have to wait for its turn to be told
+        two.send(type="stop")  # the client hears of it before its turn
         assert two.answer()[1]["finish_reason"] == "cancelled"
         assert three.receive() == {"type": "waiting", "ahead": 1}  # the line has moved
         one_at_a_time.gate.release()
         assert one.answer()[1]["finish_reason"] == "stop"
         assert three.receive() == {"type": "waiting", "ahead": 0}
         assert three.answer()[1]["finish_reason"] == "stop"
-        # What never began is not remembered.
+        # The conversation does not remember a prompt that never began.
         question = "What is my name?"
         assert two.ask(question)[0] == reference(loaded, [question], CHAT_MAX_NEW_TOKENS)
 
@@ -263,7 +263,7 @@ def test_a_client_that_sends_too_much_ahead_is_told_to_try_again_later(chatbot):
     chatbot.gate.wait("refused", 1)
 
 
-def test_a_browser_gives_the_key_as_a_subprotocol_and_it_is_not_echoed(bots: Bots):
+def test_a_key_that_a_browser_offers_as_a_subprotocol_is_not_echoed(bots: Bots):
     offered = ["chat.v1", in_base64(KEY)]
     with connect(bots.emoji_chatbot.ws, subprotocols=offered, origin=ALLOWED_ORIGIN) as websocket:
         assert websocket.subprotocol == "chat.v1"

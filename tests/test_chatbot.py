@@ -77,7 +77,7 @@ def test_a_conversation_longer_than_the_context_drops_its_oldest_exchanges(chatb
     assert dropped
 
 
-def test_the_first_frame_arrives_while_the_model_still_generates(chatbot):
+def test_the_first_text_arrives_while_the_model_still_generates(chatbot):
     chatbot.gate.hold_after(1)
     with connect(chatbot.ws) as websocket:
         websocket.send("Hello!")
@@ -99,7 +99,7 @@ def test_emoji_and_chinese_arrive_whole_and_each_with_its_last_byte(bots: Bots):
         assert receive(websocket) == []
 
 
-def test_a_blank_frame_is_answered_by_the_marker_alone(chatbot, loaded):
+def test_a_blank_message_is_answered_by_the_marker_alone(chatbot, loaded):
     with connect(chatbot.ws) as websocket:
         websocket.send(" \n")
         assert receive(websocket) == []
@@ -129,11 +129,11 @@ def test_a_client_that_sends_too_many_prompts_ahead_is_told_so(chatbot):
     chatbot.gate.wait("cancelled", MAX_PROMPTS_AHEAD + 1)
 
 
-def test_a_client_that_sends_too_much_ahead_is_told_so(chatbot, monkeypatch):
+def test_a_client_that_sends_too_many_characters_ahead_is_told_so(chatbot, monkeypatch):
     monkeypatch.setattr(connection, "MAX_CHARACTERS_AHEAD", 99)
     chatbot.gate.hold_after(0)
     with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
-        for prompt in ("x" * 99, "x", "Hello!"):  # the last comes when 100 wait
+        for prompt in ("x" * 99, "x", "Hello!"):  # the last prompt comes when 100 characters wait
             websocket.send(prompt)
         websocket.recv(timeout=HANG_S)
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (
@@ -155,7 +155,7 @@ def test_100_sockets_are_open_at_once_and_prompts_wait_their_turn(chatbot):
         websocket.close()
 
 
-def test_prompts_that_would_wait_too_long_are_told_to_try_again_later(chatbot):
+def test_clients_are_told_to_try_again_later_if_too_many_prompts_wait(chatbot):
     chatbot.gate.hold_after(0)
     callers = [ChatCaller(chatbot, "Hello!")]
     chatbot.gate.wait("step", 1)
@@ -208,7 +208,7 @@ def test_a_failure_closes_the_socket_with_1011(chatbot, loaded, step):
         assert ask(websocket, "Hello!") == reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
 
 
-def test_a_binary_frame_closes_the_socket_with_1003(chatbot):
+def test_a_binary_message_closes_the_socket_with_1003(chatbot):
     with connect(chatbot.ws) as websocket, pytest.raises(ConnectionClosedError) as closed:
         websocket.send(b"Hello!")
         websocket.recv(timeout=HANG_S)
@@ -267,14 +267,14 @@ def test_a_handshake_with_a_bad_option_is_refused_with_its_name(
 
 
 def connection_to(ws: Any) -> ChatConnection:
-    """A connection of a bot that is not there."""
+    """Return a connection without a real bot."""
     drain = SimpleNamespace(begun=asyncio.Event())
     bot = limits_of(9, 9, new_conversation=list, metrics=Mock(), drain=drain)
     return ChatConnection(ws, bot, reply_options(9), "<>")
 
 
 def socket_that_receives(*messages: dict[str, Any]) -> tuple[WebSocket, list[str]]:
-    """An accepted WebSocket whose client sends these, and the types of what it is sent."""
+    """Return a WebSocket with a client that sends these, and the types of what the client gets."""
     received, sent = [{"type": "websocket.connect"}, *messages], []
 
     async def receive() -> Any:
@@ -288,8 +288,8 @@ def socket_that_receives(*messages: dict[str, Any]) -> tuple[WebSocket, list[str
     return WebSocket({"type": "websocket", "subprotocols": []}, receive, send), sent
 
 
-def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
-    """Seen when many leave at once, so it is made here."""
+def test_a_read_that_serve_cancels_is_treated_as_a_client_that_has_left(caplog):
+    """This happens when many clients leave at once, so the test makes it happen here."""
 
     async def open_chat() -> None:
         ws, _ = socket_that_receives()
@@ -301,8 +301,8 @@ def test_a_reading_that_serve_cancels_is_a_client_that_has_left(caplog):
     assert not [record for record in caplog.records if record.name == "ray.serve"]
 
 
-def test_a_client_that_sends_on_when_its_socket_is_closed_disturbs_nobody(caplog):
-    """Its prompts may come between an error, which closes a plain socket, and its own close."""
+def test_a_client_that_keeps_sending_on_a_closed_socket_causes_no_error(caplog):
+    """An error closes a plain socket. The client's prompts may still come before its own close."""
     prompt = {"type": "websocket.receive", "text": "Hello!"}
 
     async def open_chat() -> list[str]:
@@ -319,7 +319,7 @@ def test_a_client_that_sends_on_when_its_socket_is_closed_disturbs_nobody(caplog
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_a_replica_that_ends_tells_who_has_left_from_whom_it_refuses(leaves):
+def test_an_ending_replica_distinguishes_clients_that_left_from_those_it_refuses(leaves):
     prompt = {"type": "websocket.receive", "text": "Hello!"}
     leaving = {"type": "websocket.disconnect", "code": 1001}
 
@@ -335,7 +335,7 @@ def test_a_replica_that_ends_tells_who_has_left_from_whom_it_refuses(leaves):
 
         connection.take = take_and_tell
         async with asyncio.timeout(HANG_S), connection.open(), asyncio.TaskGroup() as tasks:
-            connection.prompts.put_nowait(None)  # the replica is to end
+            connection.prompts.put_nowait(None)  # the replica is about to end
             tasks.create_task(Chatbot.func_or_class.receive(None, ws, connection))
             await read.wait()
             if leaves:

@@ -89,7 +89,7 @@ def test_the_stream_client_prints_text_as_it_arrives(bots: Bots):
     bots.textbot.gate.hold_after(1)
     command = [sys.executable, STREAM, "--url", bots.textbot.http]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as client:
-        assert client.stdout.read(1)  # the model now stands before its second token
+        assert client.stdout.read(1)  # the model now waits before its second token
         bots.textbot.gate.release()
         assert client.stdout.read()
 
@@ -117,7 +117,7 @@ def test_the_chat_client_prints_text_as_it_arrives(bots: Bots):
 
 
 def chat_on_a_terminal(bot: Bot) -> tuple[Terminal, str]:
-    """A chat client that waits for a prompt, and the lines at the top of its screen."""
+    """Return a chat client that waits for a prompt, and the lines at the top of its screen."""
     terminal = Terminal(CHAT, "--url", bot.ws)
     top = f"tiny-dialog. {HELP}\n"
     terminal.expect(f"{top}>")
@@ -125,7 +125,7 @@ def chat_on_a_terminal(bot: Bot) -> tuple[Terminal, str]:
 
 
 @pytest.mark.parametrize("keys", ["\x03", "\x04", "/quit\r"], ids=["ctrl-c", "ctrl-d", "quit"])
-def test_a_chat_on_a_terminal_and_how_to_leave_it(bots: Bots, loaded, keys):
+def test_a_user_can_chat_on_a_terminal_and_leave(bots: Bots, loaded, keys):
     terminal, top = chat_on_a_terminal(bots.chatbot)
     reply = reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
     terminal.type("Hello!\r")
@@ -136,7 +136,7 @@ def test_a_chat_on_a_terminal_and_how_to_leave_it(bots: Bots, loaded, keys):
     assert "Traceback" not in terminal.shown
 
 
-def test_a_prompt_of_several_lines_and_one_from_before(bots: Bots, loaded):
+def test_a_user_can_type_several_lines_and_recall_an_earlier_prompt(bots: Bots, loaded):
     terminal, top = chat_on_a_terminal(bots.chatbot)
     turns = ["Hello!\nTell me a joke."]
     turns.append(reference(loaded, turns, CHAT_MAX_NEW_TOKENS))
@@ -144,7 +144,7 @@ def test_a_prompt_of_several_lines_and_one_from_before(bots: Bots, loaded):
     once = f"{top}> Hello!\n  Tell me a joke.\n{turns[1]}\n>"
     terminal.expect(once)
     turns.append(turns[0])
-    terminal.type("\x1b[A\r")  # the arrow key up, and Enter
+    terminal.type("\x1b[A\r")  # the up arrow key, and Enter
     again = reference(loaded, turns, CHAT_MAX_NEW_TOKENS)
     terminal.expect(f"{once} Hello!\n  Tell me a joke.\n{again}\n>")
     terminal.type("\x04")
@@ -170,7 +170,7 @@ def test_reset_begins_a_new_conversation(bots: Bots, loaded):
     assert terminal.end() == 0
 
 
-def test_ctrl_c_in_a_reply_stops_it_and_the_conversation_goes_on(bots: Bots, loaded):
+def test_ctrl_c_stops_a_reply_and_the_conversation_continues(bots: Bots, loaded):
     gate = bots.chatbot.gate
     gate.hold_after(3)
     terminal, top = chat_on_a_terminal(bots.chatbot)
@@ -189,7 +189,7 @@ def test_ctrl_c_in_a_reply_stops_it_and_the_conversation_goes_on(bots: Bots, loa
     assert terminal.end() == 0
 
 
-def test_who_waits_for_others_is_told_on_a_terminal(bots: Bots, loaded):
+def test_a_waiting_user_is_told_on_a_terminal_how_many_prompts_are_ahead(bots: Bots, loaded):
     gate = bots.chatbot.gate
     gate.hold_after(0)
     with connect(bots.chatbot.ws) as other:
@@ -205,7 +205,7 @@ def test_who_waits_for_others_is_told_on_a_terminal(bots: Bots, loaded):
         assert terminal.end() == 0
 
 
-def test_what_the_model_has_forgotten_is_told_on_a_terminal():
+def test_a_user_is_told_on_a_terminal_how_many_messages_the_model_has_forgotten():
     def answer(websocket: ServerConnection) -> None:
         websocket.recv()
         for message in (
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_the_stream_client_in_the_middle_of_a_reply(bots: Bots, lo
         ("continuousbot", ["replying"] * 4),
     ],
 )
-def test_the_load_client_shows_who_is_replied_to_and_who_waits(bots: Bots, name, states):
+def test_the_load_client_shows_which_prompts_are_answered_and_which_wait(bots: Bots, name, states):
     bot = getattr(bots, name)
     bot.gate.hold_after(0)
     url = bot.ws if name == "chatbot" else bot.http
@@ -281,7 +281,7 @@ def test_the_load_client_prints_how_each_reply_ended(bots: Bots, loaded, name):
     assert (ran.stderr, ran.returncode) == ("", 0)
 
 
-def test_the_load_client_tells_what_was_refused_or_has_failed(bots: Bots):
+def test_the_load_client_reports_refused_and_failed_prompts(bots: Bots):
     ran = run(LOAD, "--url", bots.textbot.http, " ", "Hello!")
     assert (ran.stdout.count("refused"), ran.stdout.count("finished")) == (1, 1)
     assert ran.returncode == 1
@@ -293,7 +293,7 @@ def test_the_load_client_tells_what_was_refused_or_has_failed(bots: Bots):
 
 
 @pytest.mark.parametrize(("script", "scheme"), [(STREAM, "http"), (CHAT, "ws")])
-def test_a_server_that_is_not_there_is_one_line_and_status_1(script, scheme):
+def test_an_unreachable_server_is_a_one_line_error_with_status_1(script, scheme):
     url = f"{scheme}://127.0.0.1:{free_port()}/"
     ran = run(script, "--url", url, "--wait", "0", stdin="Hello!\n")
     assert ran.returncode == 1
@@ -304,7 +304,7 @@ def test_a_server_that_is_not_there_is_one_line_and_status_1(script, scheme):
 
 
 @pytest.mark.parametrize("name", HTTP_BOTS[:2])
-def test_a_server_that_fails_in_mid_stream_is_one_line_and_status_1(bots: Bots, name):
+def test_a_server_that_fails_in_mid_stream_is_a_one_line_error_with_status_1(bots: Bots, name):
     bot = getattr(bots, name)
     bot.gate.fail_at(3)
     ran = run(STREAM, "--url", bot.http)
@@ -313,7 +313,7 @@ def test_a_server_that_fails_in_mid_stream_is_one_line_and_status_1(bots: Bots, 
     assert ran.stderr == f"{bot.http} failed in the middle of the reply\n"
 
 
-def test_a_reply_of_a_chat_that_fails_is_one_line_and_status_1_and_the_rest_comes(
+def test_a_failed_chat_reply_is_a_one_line_error_with_status_1_and_later_replies_come(
     bots: Bots, loaded
 ):
     bots.chatbot.gate.fail_at(3)
@@ -327,7 +327,7 @@ def test_a_reply_of_a_chat_that_fails_is_one_line_and_status_1_and_the_rest_come
 
 @contextmanager
 def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The URL of something that answers as it likes."""
+    """Yield the URL of a server that answers as its handler likes."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
         thread.submit(server.serve_forever)
         try:
@@ -338,7 +338,7 @@ def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @contextmanager
 def chat_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
-    """The URL of something that speaks chat.v1, and answers a probe."""
+    """Yield the URL of a server that speaks chat.v1 and answers a probe."""
 
     def answer_probe(connection: ServerConnection, request: Request) -> Response | None:
         asks = "Upgrade" in request.headers
@@ -357,7 +357,7 @@ def chat_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
             server.shutdown()
 
 
-def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
+def test_the_chat_client_resends_a_prompt_that_an_ending_replica_did_not_answer():
     told: list[str] = []
 
     def answer(websocket: ServerConnection) -> None:
@@ -376,17 +376,17 @@ def test_a_prompt_that_a_replica_did_not_answer_since_it_ended_is_asked_again():
     assert [json.loads(message)["prompt"] for message in told] == ["Hello!"] * 3
 
 
-def test_a_key_goes_before_one_that_netrc_has_for_the_host(bots: Bots, tmp_path, monkeypatch):
+def test_a_given_key_takes_precedence_over_one_in_netrc(bots: Bots, tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password wrong\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "key").write_text(KEY)
     bot = bots.emoji_chatbot
     options = ["--url", bot.http, "--api-key-file", str(tmp_path / "key"), "--wait", "0"]
-    assert "405" in run(STREAM, *options).stderr  # not 401: there is no POST here, but a page
+    assert "405" in run(STREAM, *options).stderr  # not 401: the bot has a page here, but no POST
 
 
 @pytest.mark.parametrize(("script", "scheme"), [(STREAM, "https"), (CHAT, "wss")])
-def test_a_server_without_tls_is_told_as_that(bots: Bots, script, scheme):
+def test_the_clients_report_a_server_without_tls(bots: Bots, script, scheme):
     url = f"{scheme}://{bots.textbot.address}"
     ran = run(script, "--url", url, "--wait", "0", stdin="Hello!\n")
     assert ran.stderr.startswith(f"cannot talk to {url}: ")
@@ -403,7 +403,7 @@ def test_a_server_without_tls_is_told_as_that(bots: Bots, script, scheme):
         (405, {}, "", False),
     ],
 )
-def test_a_serve_that_does_not_know_its_bot_yet_has_not_answered(status, headers, body, starting):
+def test_a_serve_without_its_bot_yet_counts_as_not_answering(status, headers, body, starting):
     class Answering(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
@@ -416,7 +416,7 @@ def test_a_serve_that_does_not_know_its_bot_yet_has_not_answered(status, headers
         assert (probe(url, {}) is None) == starting
 
 
-def test_a_server_that_closes_without_an_answer_is_told_as_that():
+def test_the_stream_client_reports_a_server_that_closes_without_an_answer():
     class Closing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(405)
@@ -455,7 +455,7 @@ def test_the_load_client_says_which_numbers_are_possible(wrong):
     assert (len(ran.stderr.splitlines()), ran.returncode) == (1, 1)
 
 
-def test_what_a_server_says_of_an_error_cannot_command_a_terminal():
+def test_a_servers_error_message_cannot_control_the_terminal():
     def answer(websocket: ServerConnection) -> None:
         websocket.recv()
         websocket.send(json.dumps({"type": "error", "detail": "\x1b[31mno"}))
@@ -467,7 +467,7 @@ def test_what_a_server_says_of_an_error_cannot_command_a_terminal():
     assert ran.stderr == f"[31mno\n{url} closed the connection: 1011 [2Jgone\n"
 
 
-def test_what_a_server_says_of_a_refusal_cannot_command_a_terminal():
+def test_a_servers_refusal_message_cannot_control_the_terminal():
     class Refusing(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.send_response(422)
@@ -482,13 +482,13 @@ def test_what_a_server_says_of_a_refusal_cannot_command_a_terminal():
     assert ran.stderr == f"{url} answered 422: [2Jno\n"
 
 
-def test_a_chat_whose_output_nobody_reads_for_a_while_is_not_lost():
-    """As in `less`. Its output fills up, and then it must still answer the server's pings."""
+def test_a_chat_with_unread_output_stays_connected():
+    """In `less`, say, the output fills up. The client must still answer the server's pings."""
     answered = threading.Event()
 
     def answer(websocket: ServerConnection) -> None:
         websocket.recv()
-        for _ in range(64):  # more than a pipe holds, in more frames than a client keeps by itself
+        for _ in range(64):  # more than a pipe holds, in more messages than a client buffers
             websocket.send(json.dumps({"type": "text", "text": "x" * 10_000}))
         if websocket.ping().wait(HANG_S):
             answered.set()
@@ -508,7 +508,7 @@ def test_a_chat_whose_output_nobody_reads_for_a_while_is_not_lost():
 
 
 @pytest.mark.parametrize("script", [STREAM, CHAT])
-def test_what_ctrl_c_breaks_off_in_a_script_has_not_succeeded(bots: Bots, script):
+def test_a_client_in_a_script_does_not_succeed_if_ctrl_c_interrupts_it(bots: Bots, script):
     bot = bots.textbot if script == STREAM else bots.chatbot
     bot.gate.hold_after(1)
     url = bot.http if script == STREAM else bot.ws
@@ -528,7 +528,7 @@ def test_what_ctrl_c_breaks_off_in_a_script_has_not_succeeded(bots: Bots, script
 
 
 @pytest.mark.parametrize("script", [STREAM, CHAT])
-def test_a_reader_who_has_had_enough_is_no_error(bots: Bots, script):
+def test_a_reader_that_closes_the_pipe_early_causes_no_error(bots: Bots, script):
     url = bots.textbot.http if script == STREAM else bots.chatbot.ws
     ask = f"echo Tell me a story about dogs. | {sys.executable} {script} --url {url}"
     ran = subprocess.run(
@@ -537,12 +537,12 @@ def test_a_reader_who_has_had_enough_is_no_error(bots: Bots, script):
     assert (len(ran.stdout), ran.stderr) == (4, b"")
 
 
-def test_what_a_model_writes_cannot_command_a_terminal():
+def test_the_text_of_a_model_cannot_control_the_terminal():
     assert printable("\x1b]0;title\x07żółw\n\t🐢\x9b2J") == "]0;titleżółw\n\t🐢2J"
     assert printable("ab\u202edc\u2069👩‍👧") == "abdc👩‍👧"
 
 
-def test_a_refusal_is_one_line_and_status_1(bots: Bots):
+def test_a_refusal_is_a_one_line_error_with_status_1(bots: Bots):
     ran = run(STREAM, " ", "--url", bots.textbot.http)
     assert ran.returncode == 1
     assert ran.stderr.startswith(f"{bots.textbot.http} answered 422: ")

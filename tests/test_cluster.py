@@ -1,7 +1,7 @@
-"""deploy/serve_config.yaml on a cluster of two nodes that have the code from a zip alone.
+"""deploy/serve_config.yaml on a cluster of two nodes that get the code only from a zip.
 
-The nodes' Python finds the libraries, but not this checkout, and their working folder is empty.
-They share this machine, and so one proxy.
+The nodes' Python finds the libraries, but not this checkout. Their working folder is empty. The
+nodes share this machine, and so one proxy.
 """
 
 import json
@@ -30,11 +30,11 @@ STARTED_S = 300  # eight replicas on two cores; only bounds a hang
 BOTS = ("batchbot", "continuousbot")  # the others run under `-m exhaustive`
 STREAMS = 16
 PROMPT = "Count."
-COUNT = " ".join(map(str, range(1000)))[:700]  # what the scripted model answers
+COUNT = " ".join(map(str, range(1000)))[:700]  # the reply of the scripted model
 
 
 class Cluster:
-    """A running cluster, and what `serve deploy` is given for it."""
+    """A running cluster, and the config that `serve deploy` gets for it."""
 
     def __init__(self, process: subprocess.Popen[str], dashboard: str, port: int, code: Path):
         self.process = process
@@ -52,7 +52,7 @@ class Cluster:
         self.config["applications"] = [each for each in self.all if each["name"] in BOTS]
 
     def application(self, name: str) -> dict[str, Any]:
-        """That of the config."""
+        """Return this application's part of the config."""
         (found,) = (app for app in self.all if app["name"] == name)
         return found
 
@@ -75,7 +75,7 @@ class Cluster:
         return details["applications"].get(name, {"status": "MISSING"})
 
     def replicas(self, name: str) -> dict[str, str]:
-        """The nodes of the running replicas, by their ids."""
+        """Return the nodes of the running replicas, by the replicas' ids."""
         (deployment,) = self.status(name)["deployments"].values()
         return {
             replica["replica_id"]: replica["node_id"]
@@ -84,14 +84,14 @@ class Cluster:
         }
 
     def wait_for_status(self, name: str, status: str) -> dict[str, Any]:
-        """An application's status and message, once it is this one."""
+        """Wait until an application has this status; return its details, such as the message."""
         wait_until(
             lambda: self.status(name)["status"] == status, STARTED_S, f"{name} is not {status}"
         )
         return self.status(name)
 
     def wait_for_user_config(self, name: str, user_config: dict[str, Any]) -> None:
-        """Until the replicas of an application's one deployment have got it."""
+        """Wait until the replicas of an application's one deployment have this user_config."""
 
         def has_come() -> bool:
             (deployment,) = self.status(name)["deployments"].values()
@@ -101,7 +101,7 @@ class Cluster:
         self.wait_for_status(name, "RUNNING")
 
     def rows(self, node: str) -> int:
-        """The replies that a node's replicas are writing in batches, by their own metrics."""
+        """Count the replies that a node's replicas write in batches, by their own metrics."""
         url = f"http://127.0.0.1:{self.metrics_ports[node]}/metrics"
         page = requests.get(url, timeout=HANG_S).text
         found = re.findall(r"^ray_bot_requests_running\{.*\} (\S+)$", page, re.MULTILINE)
@@ -128,7 +128,7 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
     assert subprocess.run(absent, cwd=empty, capture_output=True).returncode == 1
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     with (
-        # Ray notes in its temporary folder which cluster runs, and sockets need a short path.
+        # Ray notes in its temporary folder which cluster runs. Its sockets need a short path.
         TemporaryDirectory() as temporary,
         subprocess.Popen(
             [python, REPOSITORY / "tests" / "local_cluster.py", str(port), *map(str, cpus)],
@@ -149,10 +149,10 @@ def running_cluster(folder: Path, *cpus: int) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two bots, each with a replica on either node; the Continuousbot with a long reply."""
+    """Two bots, each with one replica on each node. The Continuousbot writes a long reply."""
     folder = tmp_path_factory.mktemp("cluster")
     save_scripted_model(folder / "counting", len(PROMPT), COUNT, 768)
-    with running_cluster(folder, 4, 4) as cluster:  # either has room for all
+    with running_cluster(folder, 4, 4) as cluster:  # each node has room for all replicas
         counting = {"model": str(folder / "counting"), "max_new_tokens": 740}
         cluster.application("continuousbot")["args"] |= counting
         ran = cluster.deploy(folder)
@@ -163,10 +163,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def check_replicas(cluster: Cluster, name: str, expected: str) -> None:
-    """There is one on either node, and both reply."""
+    """Check that there is one replica on each node, and that both reply."""
     assert set(cluster.replicas(name).values()) == set(cluster.metrics_ports)
     call = ChatCaller if name == "chatbot" else HttpCaller
-    callers = [call(cluster.bot(name), "Hello!") for _ in range(8)]  # for both replicas
+    callers = [call(cluster.bot(name), "Hello!") for _ in range(8)]  # enough to reach both replicas
     assert {caller.outcome() for caller in callers} == {"finished"}
     assert {caller.text for caller in callers} == {expected}
 
@@ -190,8 +190,8 @@ def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp
         assert caller.outcome() == "finished"
         return time.monotonic() - asked
 
-    assert first_text_after(batch_wait_timeout_s=4) >= 4  # it waits for others
-    assert first_text_after(batch_wait_timeout_s=30, max_batch_size=1) < 30  # it is a full batch
+    assert first_text_after(batch_wait_timeout_s=4) >= 4  # the bot waits for other requests
+    assert first_text_after(batch_wait_timeout_s=30, max_batch_size=1) < 30  # one is a full batch
     first_text_after(batch_wait_timeout_s=0.1, max_batch_size=16)
     assert cluster.replicas("batchbot") == before
 
@@ -208,7 +208,7 @@ def test_a_changed_user_config_reaches_the_running_replicas(cluster, loaded, tmp
 def test_a_bad_config_is_rejected_and_the_running_version_serves(
     cluster, loaded, tmp_path, mistake, message
 ):
-    if mistake.get("model") == "weights that are none":  # which only a replica finds out
+    if mistake.get("model") == "weights that are none":  # only a replica finds this out
         loaded.tokenizer.save_pretrained(tmp_path)
         loaded.model.config.save_pretrained(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"no weights")
@@ -217,7 +217,7 @@ def test_a_bad_config_is_rejected_and_the_running_version_serves(
     arguments = cluster.application("batchbot")["args"]
     good = dict(arguments)
     arguments |= mistake
-    assert cluster.deploy(tmp_path).returncode == 0  # Serve has taken it to try
+    assert cluster.deploy(tmp_path).returncode == 0  # Serve takes it, and then tries it
     failed = cluster.wait_for_status("batchbot", "DEPLOY_FAILED")
     reasons = [failed["message"], *(each["message"] for each in failed["deployments"].values())]
     assert message in "".join(reasons)
@@ -245,7 +245,7 @@ def test_a_bad_user_config_leaves_the_running_replicas_as_they_are(cluster, load
         assert cluster.replicas("batchbot") == before
 
 
-def test_a_config_that_does_not_fit_the_schema_is_not_taken(cluster, tmp_path):
+def test_serve_deploy_rejects_a_config_that_does_not_fit_the_schema(cluster, tmp_path):
     before = cluster.replicas("batchbot")
     (deployment,) = cluster.application("batchbot")["deployments"]
     good = deployment["max_ongoing_requests"]

@@ -1,4 +1,4 @@
-"""continuousbot.py: requests join and leave a batch that continues."""
+"""continuousbot.py: requests join and leave a running batch."""
 
 import asyncio
 import shutil
@@ -67,7 +67,7 @@ def bot(bots: Bots) -> Iterator[Bot]:
     bots.continuousbot.gate.release()
 
 
-def test_replies_that_are_written_together_are_what_generate_says_alone(bot, loaded):
+def test_replies_written_together_equal_those_of_generate_alone(bot, loaded):
     prompts = PROMPTS * 3
     with ThreadPoolExecutor(len(prompts)) as callers:
         replies = list(callers.map(lambda prompt: http_reply(bot, prompt), prompts))
@@ -81,7 +81,7 @@ def test_a_request_joins_the_batch_that_runs_and_ends_before_it(bot, loaded):
     bot.gate.wait("step", 4)
     joining = HttpCaller(bot, SHORT, 2)
     bot.gate.wait("submitted", 2)
-    bot.gate.release(3)  # the 4th, and two with both
+    bot.gate.release(3)  # the 4th step, and two with both rows
     assert joining.outcome() == "finished"
     assert joining.text == reference(loaded, [SHORT], 2)
     bot.gate.wait("step", 7)
@@ -90,7 +90,7 @@ def test_a_request_joins_the_batch_that_runs_and_ends_before_it(bot, loaded):
     assert running.text == reference(loaded, [LONG], MAX_NEW_TOKENS)
 
 
-def test_a_row_that_has_finished_or_was_left_costs_nothing_more(bot, loaded):
+def test_a_finished_or_abandoned_row_costs_nothing_more(bot, loaded):
     bot.gate.hold_after(0)
     staying = HttpCaller(bot, LONG, 8)
     bot.gate.wait("step", 1)
@@ -104,7 +104,7 @@ def test_a_row_that_has_finished_or_was_left_costs_nothing_more(bot, loaded):
     bot.gate.release()
     assert staying.outcome() == "finished"
     prompt = len(loaded.tokenizer(LONG)["input_ids"]) + 1
-    # One prompt; one token and two prompts; two steps with three rows, one with two; three alone.
+    # One prompt; one token and two prompts; two steps with three rows; one with two; three alone.
     assert bot.gate.count("tokens") == prompt + (1 + 2 * prompt) + 2 * 3 + 2 + 3
     bot.gate.wait("finished", 2)
 
@@ -120,12 +120,14 @@ def test_unicode_arrives_whole(bots: Bots):
             return [chunk.decode() for chunk in response.iter_content(chunk_size=None)]
 
     with ThreadPoolExecutor(2) as callers:
-        # A prompt that is shorter by two characters has two dots before its reply.
+        # If a prompt is shorter by two characters, two dots come before its reply.
         replies = callers.map(chunks_of, [EMOJI_PROMPT, EMOJI_PROMPT[2:]])
         assert ["".join(reply) for reply in replies] == [EMOJI_REPLY, ".." + EMOJI_REPLY]
 
 
-def test_a_failure_of_the_model_ends_all_replies_and_the_replica_is_ill(bots: Bots, loaded):
+def test_a_failure_of_the_model_ends_all_replies_and_makes_the_replica_unhealthy(
+    bots: Bots, loaded
+):
     gate = Gate()
     bot = bots.run(stepped("continuousbot", gate, {}, model=BUNDLED), "breaking", gate)
     gate.fail_at(4)
@@ -142,7 +144,7 @@ def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
         batch = new_batch(loaded.model, 128, 2)
         streamer = new_streamer(loaded.tokenizer, (), [1, 2, 3], 8)
         batch.manager.stop(hard_stop=True)
-        batch.manager.is_running = lambda: True  # for a moment it is, and takes nothing any more
+        batch.manager.is_running = lambda: True  # for a moment it still runs, but takes no more
         batch.submit(streamer)
         with pytest.raises(BatchFailed, match="the model's thread is dead"):
             await asyncio.wait_for(anext(aiter(streamer)), HANG_S)
@@ -171,7 +173,7 @@ def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monke
     assert replies == [reference(loaded, [prompt], tokens) for prompt in prompts]
 
 
-def test_replies_that_made_room_are_written_though_all_others_have_left(loaded, monkeypatch):
+def test_offloaded_replies_are_written_even_if_all_other_clients_have_left(loaded, monkeypatch):
     monkeypatch.setattr(kv_cache, "TOKENS_PER_ROW", 32)
     offload, left = OffloadingManager.offload_requests, set()
 
@@ -223,7 +225,7 @@ def test_a_prompt_without_a_token_is_a_422_and_harms_nobody(run_other, emoji_mod
     tokenizer.backend_tokenizer.normalizer = Replace("~", "")
     tokenizer.save_pretrained(tmp_path)
     bot = run_other(Continuousbot.bind(str(tmp_path)))
-    caller = HttpCaller(bot, EMOJI_PROMPT + "!")  # as long as with the end of a turn
+    caller = HttpCaller(bot, EMOJI_PROMPT + "!")  # as long as a prompt with the end of a turn
     response = requests.post(bot.http, json={"prompt": "~"})
     assert response.status_code == 422
     assert [problem["type"] for problem in response.json()["detail"]] == ["no_token"]
@@ -254,14 +256,14 @@ SMALL = {
     ],
     ids=["gptj", "diffllama", "doge", "falcon"],
 )
-def test_a_model_that_cannot_be_batched_so_is_refused_at_the_start(config, problem):
+def test_a_model_unfit_for_continuous_batching_is_refused_at_the_start(config, problem):
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match=f"cannot batch {config.model_type}.*{problem}"):
         kv_cache.start_manager(model, context=64, rows=2)
 
 
 def test_a_prompt_that_the_cache_cannot_hold_is_a_413_that_says_so(run_other):
-    bot = run_other(Continuousbot.bind(BUNDLED, cache_tokens=64))  # half of it for the reply
+    bot = run_other(Continuousbot.bind(BUNDLED, cache_tokens=64))  # half is for the reply
     assert HttpCaller(bot, SHORT).outcome() == "finished"
     response = requests.post(bot.http, json={"prompt": "word " * 99})
     assert response.status_code == 413
@@ -282,7 +284,7 @@ GEMMA = Gemma3TextConfig(
 
 
 def test_a_model_without_sdpa_is_tried_out_before_it_computes_in_pages():
-    """Once it does, `generate` alone no longer works, to which the batch is compared."""
+    """The start compares the batch with `generate`, which no longer works after the switch."""
     config = Gemma2Config(
         hidden_size=32,
         intermediate_size=32,
@@ -301,7 +303,7 @@ def test_a_model_without_sdpa_is_tried_out_before_it_computes_in_pages():
     batch.manager.stop(hard_stop=True)
 
 
-def test_what_has_a_place_does_not_wait(loaded):
+def test_a_reply_with_a_free_place_does_not_wait(loaded):
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 4, max_waiting=1)
         for _ in range(4 + 1):
@@ -313,7 +315,7 @@ def test_what_has_a_place_does_not_wait(loaded):
     asyncio.run(test())
 
 
-def test_what_fits_the_cache_is_known_also_if_layers_share_it_unequally():
+def test_the_capacity_of_the_cache_is_known_even_if_layers_share_it_unequally():
     async def start() -> ContinuousBatch:
         model = AutoModelForCausalLM.from_config(GEMMA).eval()
         return new_batch(model, 4096, 2, 96)
@@ -321,7 +323,7 @@ def test_what_fits_the_cache_is_known_also_if_layers_share_it_unequally():
     batch = asyncio.run(start())
     tokens, manager = batch.context, batch.manager
     assert 0 < tokens == batch.cache_tokens < 96
-    for number in range(2):  # and again, in the same cache
+    for number in range(2):  # twice, in the same cache
         manager.add_request(list(range(tokens - 8)), str(number), max_new_tokens=8, sampler=None)
         output = manager.get_result(timeout=HANG_S)
         assert (output.error, len(output.generated_tokens)) == (None, 8)
@@ -350,7 +352,7 @@ def test_the_cache_has_room_for_the_rows_or_a_long_prompt_in_half_of_the_memory(
     assert bound - kv_cache.PAGE_SIZE < tokens <= bound
 
 
-def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(
+def test_free_memory_respects_a_containers_limit_and_counts_inactive_files_as_free(
     loaded, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(kv_cache, "CGROUP", tmp_path)
@@ -375,7 +377,7 @@ def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(
 
 
 def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
-    """A reply is over for the batch when the model has written it."""
+    """When the model has written a reply, the reply is over for the batch."""
 
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
@@ -385,7 +387,7 @@ def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
             batch.submit(streamer)
             await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
             assert not batch.running
-            await asyncio.sleep(1)  # time for the watchdog to bark
+            await asyncio.sleep(1)  # time for the watchdog to report a stall
             batch.check()
             batch.cancel(streamer)
         batch.manager.stop(hard_stop=True)
@@ -412,7 +414,7 @@ def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, m
 
 @pytest.mark.parametrize("shared", [0, 64])
 def test_a_long_prompt_gets_its_turn_though_short_ones_keep_coming(loaded, monkeypatch, shared):
-    """In a cache without room for both, also if they begin alike."""
+    """The cache has no room for both, and they may begin alike."""
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
     distinct, lengths = count(1), cycle([10, 25, 40, 60, 33, 17])
 
@@ -446,7 +448,7 @@ def test_a_long_prompt_gets_its_turn_though_short_ones_keep_coming(loaded, monke
     asyncio.run(test())
 
 
-def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded):
+def test_a_common_beginning_of_prompts_is_computed_once(loaded):
     system = "You are a friendly and patient assistant who knows a lot about the sea. " * 6
     conversations = [[system, prompt] for prompt in PROMPTS]
     computed = []
@@ -461,7 +463,7 @@ def test_what_prompts_have_in_common_at_their_beginning_is_computed_once(loaded)
     manager.stop(hard_stop=True)
     hook.remove()
     assert replies == [reference(loaded, turns, 8) for turns in conversations]
-    assert sum(computed) - first < 2 * first  # and those are three prompts
+    assert sum(computed) - first < 2 * first  # although these are three prompts
 
 
 asked = st.tuples(
@@ -469,13 +471,13 @@ asked = st.tuples(
     st.sampled_from([4, 60]),  # tokens of the reply
     st.sampled_from([[], ["e"]]),  # stop strings
     st.integers(0, 40) | st.none(),  # pieces after which the client leaves
-    st.integers(0, 20),  # ms after which it comes
+    st.integers(0, 20),  # ms after which the client comes
 )
 
 
-def test_whoever_comes_and_goes_the_others_get_their_replies(loaded, monkeypatch):
-    """In a cache that holds two long replies, which some must leave, and then all others may."""
-    offload, leaving = OffloadingManager.offload_requests, [0]  # after so many of these
+def test_clients_get_their_replies_while_others_come_and_go(loaded, monkeypatch):
+    """The cache holds two long replies, so some replies must leave it. All others may then go."""
+    offload, leaving = OffloadingManager.offload_requests, [0]  # after this many offloads
 
     def offload_and_leave(self: OffloadingManager) -> bool:
         offloaded = offload(self)
@@ -539,7 +541,7 @@ def replies_of(
     conversations: list[list[str]],
     tokens: int,
 ) -> list[str]:
-    """The replies to conversations, which are written together."""
+    """Return the replies to conversations, which the manager writes together."""
     for number, turns in enumerate(conversations):
         roles = ("system", "user")[-len(turns) :]
         messages = [

@@ -1,4 +1,4 @@
-"""deploy/: what its files say is what the bots and Serve take, and what its commands do."""
+"""deploy/: the bots and Serve accept what its files say, and its commands work."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def test_serve_takes_the_config_and_the_bots_their_arguments(config):
         arguments = build.__annotations__["settings"].model_validate(application["args"])
         original = getattr(import_module(module), application["deployments"][0]["name"])
         for options in application["deployments"]:
-            # Serve ignores what it does not know here; a Deployment does not.
+            # Serve ignores unknown options here. A Deployment does not.
             original.options(**arguments.deployment_options()).options(**options)
 
 
@@ -65,7 +65,7 @@ def test_the_bots_fit_two_cores():
     assert max(cpus) <= 0.4 and sum(cpus) <= 2
 
 
-def test_the_manifest_has_the_config_of_the_file_for_others_and_with_a_key():
+def test_the_manifest_has_the_config_of_the_file_but_for_any_host_and_with_a_key():
     config = deepcopy(CONFIG)
     config["http_options"]["host"] = "0.0.0.0"
     (key,) = mounted("key")
@@ -75,7 +75,7 @@ def test_the_manifest_has_the_config_of_the_file_for_others_and_with_a_key():
 
 
 def mounted(name: str) -> set[str]:
-    """Where all pods have a volume."""
+    """Return the paths at which the pods mount a volume."""
     mounts = [mount for each in CONTAINERS.values() for mount in each["volumeMounts"]]
     return {mount["mountPath"] for mount in mounts if mount["name"] == name}
 
@@ -88,8 +88,8 @@ def test_kubernetes_takes_the_pods():
         kubernetes_validate.validate(pod, version, strict=True)
 
 
-def test_kuberay_knows_the_fields_around_them():
-    """The names are those of the CRD API reference in Ray's documentation, KubeRay v1.7."""
+def test_kuberay_knows_the_fields_around_the_pods():
+    """The names come from the CRD API reference in Ray's documentation, for KubeRay v1.7."""
     assert (SERVICE["apiVersion"], SERVICE["kind"]) == ("ray.io/v1", "RayService")
     assert set(SERVICE["spec"]) == {
         "rayClusterDeletionDelaySeconds",
@@ -121,7 +121,7 @@ def test_kuberay_knows_the_fields_around_them():
         assert all(isinstance(value, str) for value in parameters["rayStartParams"].values())
 
 
-def test_what_belongs_together_in_the_manifest_agrees():
+def test_related_fields_of_the_manifest_agree():
     for name, pod in PODS.items():
         assert pod["spec"]["volumes"] == [
             {"name": "key", "secret": {"secretName": "streaming-bots-key"}},
@@ -133,7 +133,7 @@ def test_what_belongs_together_in_the_manifest_agrees():
         assert ports["serve"] == EMBEDDED_CONFIG["http_options"]["port"]
         assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
         probes = [str(container[probe]) for probe in ("readinessProbe", "livenessProbe")]
-        # Only a worker's readiness is its proxy's: without replicas it has none.
+        # Only a worker's readiness depends on its proxy. A node without replicas has no proxy.
         assert [f":{ports['serve']}/" in probe for probe in probes] == [name != "head", False]
     assert mounted("models") == {re.search(r"HF_HOME=(\S+)", DOCKERFILE)[1]}
     needed = sum(application["args"]["num_cpus"] for application in CONFIG["applications"])
@@ -151,7 +151,7 @@ def test_what_belongs_together_in_the_manifest_agrees():
     assert max(graceful) < SERVICE["spec"]["rayClusterDeletionDelaySeconds"]
 
 
-def test_the_commands_for_kubernetes_name_what_is_there():
+def test_the_commands_for_kubernetes_match_the_dockerfile_and_the_manifest():
     build, secret, apply = KUBERNETES
     assert f"#   {build}\n" in DOCKERFILE
     manifest = (DEPLOY / "rayservice.yaml").read_text()
@@ -170,7 +170,7 @@ def test_versions_agree():
     assert images == {f"streaming-bots:{PROJECT['version']}"}
     python = re.search(r"^FROM python:(\S+)-slim$", DOCKERFILE, re.MULTILINE)[1]
     assert PROJECT["requires-python"] == f">={python}"
-    # The packages in the image are those of pyproject.toml, since that is where it has them from.
+    # The Dockerfile takes the image's packages from pyproject.toml, so these agree.
     assert "p['dependencies']" in DOCKERFILE
 
 
@@ -186,7 +186,7 @@ def ask_all(loaded: Any) -> None:
 
 
 def run_all() -> bool:
-    """Whether Serve's proxy knows all bots, which it does when they run."""
+    """Return whether Serve's proxy knows all bots. It knows them when they run."""
     try:
         routes = requests.get("http://127.0.0.1:8000/-/routes", timeout=HANG_S).json()
     except (requests.ConnectionError, ValueError):
@@ -205,8 +205,8 @@ def test_serve_run_takes_the_config(checkout, loaded):
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """That of a user who has no token of Ray's yet."""
-    # Ray notes in its temporary folder which cluster runs, and sockets need a short path.
+    """The environment of a user who has no Ray token yet."""
+    # Ray notes in its temporary folder which cluster runs. Its sockets need a short path.
     with TemporaryDirectory() as folder:
         yield {
             **{name: value for name, value in ENVIRONMENT.items() if name != "RAY_ADDRESS"},
@@ -237,7 +237,7 @@ def started_ray(tmp_path: Path, environment: dict[str, str]) -> Iterator[None]:
         wait_until(has_started, STARTED_S, "Ray does not start")
         yield
     finally:
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C
+        os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C
         process.wait(HANG_S)
 
 
@@ -271,10 +271,10 @@ def test_serve_deploy_takes_the_config_and_kuberays_probes_succeed(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("fresh", cases([False, True], chosen=lambda fresh: not fresh))
-def test_the_steps_of_the_dockerfile_make_what_runs_the_bots(tmp_path, loaded, fresh):
-    """All but those that need root: in a virtual environment instead of the base image.
+def test_the_dockerfiles_steps_make_an_environment_that_runs_the_bots(tmp_path, loaded, fresh):
+    """Run all steps but those that need root, in a virtual environment, not the base image.
 
-    Unless it is fresh, it has the packages of this one, and pip finds that nothing is missing.
+    Unless `fresh`, the environment has this one's packages, and pip finds nothing missing.
     """
     root, environment = tmp_path / "root", tmp_path / "venv"
     venv.create(environment, with_pip=True)
@@ -335,7 +335,7 @@ ray.shutdown()
 @pytest.mark.cluster
 @pytest.mark.parametrize("fresh", cases([False, True], chosen=lambda fresh: not fresh))
 def test_a_wheel_has_all_that_the_bots_need(tmp_path, loaded, fresh):
-    """In an empty folder; unless it is fresh, the environment has the packages of this one."""
+    """Bots run in an empty folder. Unless `fresh`, the environment has this one's packages."""
     environment, wheels, empty = (tmp_path / name for name in ("venv", "wheels", "empty"))
     empty.mkdir()
     source = shutil.copytree(REPOSITORY, tmp_path / "source", ignore=shutil.ignore_patterns(".*"))

@@ -1,4 +1,4 @@
-"""What a closing connection says."""
+"""The code and the reason with which a bot closes a chat."""
 
 import asyncio
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from streaming_bots.errors import BadMessage, NoToken, PromptTooLong, TooManyWai
 
 
 class Socket:
-    """Takes what is sent."""
+    """Keeps the code and the reason with which a bot closes it."""
 
     application_state = WebSocketState.CONNECTED
 

@@ -1,7 +1,7 @@
-"""What can go wrong, by bot: what the client sees, what the model does, what is counted.
+"""What can go wrong, by bot: what the client sees, what the model does, what the bot counts.
 
-All of it holds on both of Serve's ingresses: `pytest` and `pytest -m haproxy` run what differs in
-code, `-m exhaustive` every bot, moment and way.
+All of it holds on both of Serve's ingresses. `pytest` and `pytest -m haproxy` run the cases that
+differ in code. `-m exhaustive` runs every bot, moment and way.
 """
 
 import os
@@ -50,12 +50,12 @@ OUTCOMES = ("finished", "failed", "cancelled", "refused")
 
 BOTS = ("textbot", "chatbot", "batchbot", "continuousbot", "batched_chatbot")
 BY_V1 = ("textbot/v1", "chatbot/v1", "batchbot/v1", "continuousbot/v1")
-# A continuous batch has no queue before its places are taken, and a failure of the model ends it.
+# A continuous batch has no queue until its places are taken. A failure of the model ends it.
 ONE_AT_A_TIME = ("textbot", "chatbot", "batchbot")
-REFUSED_WITHIN_S = 1  # if it takes longer, more requests are sent
+REFUSED_WITHIN_S = 1  # if refusals take longer, the test sends more requests
 HTTP_BOTS = ("textbot", "batchbot", "continuousbot")
 WAYS = ("close", "reset", "half-close")
-MOMENTS = {  # tokens that the client has waited for, of at most so many
+MOMENTS = {  # tokens that the client has waited for, and the limit of the reply
     "before the first token": (0, None),
     "in mid-reply": (3, None),
     "at the last token": (2, 3),
@@ -63,11 +63,11 @@ MOMENTS = {  # tokens that the client has waited for, of at most so many
 
 
 class Subject:
-    """A bot under test, and how one talks to it."""
+    """A bot under test, and how to talk to it."""
 
     def __init__(self, name: str, bot: Bot) -> None:
         self.name, self.bot, self.gate = name.removesuffix(V1), bot, bot.gate
-        self.is_chat = name.endswith("chatbot")  # and asked over a WebSocket
+        self.is_chat = name.endswith("chatbot")  # and is asked over a WebSocket
         self.limit = CHAT_MAX_NEW_TOKENS if self.name.endswith("chatbot") else MAX_NEW_TOKENS
         self.caller = ChatCaller if self.is_chat else HttpCaller
         if name.endswith(V1):
@@ -77,7 +77,7 @@ class Subject:
         return self.caller(self.bot, prompt, limit, **options)
 
     def wait_for(self, **expected: int) -> None:
-        """Wait until so many requests have had these outcomes, and see that there are no others."""
+        """Wait until this many requests have these outcomes, and check that there are no others."""
         for outcome, count in expected.items():
             self.gate.wait(outcome, count)
         counted = {outcome: self.gate.count(outcome) for outcome in OUTCOMES}
@@ -90,13 +90,13 @@ def subject(request: pytest.FixtureRequest, served: Bot) -> Subject:
 
 
 def of(*names: str) -> pytest.MarkDecorator:
-    """These bots are the subjects."""
+    """Make these bots the subjects."""
     return pytest.mark.parametrize("served", names, indirect=True)
 
 
 @pytest.fixture
 def triple(subject: Subject) -> Iterator[Subject]:
-    """A Batchbot whose batches start as soon as, and not before, three requests are there."""
+    """A Batchbot that begins a batch as soon as three requests are there, and not before."""
     batches_of(subject.bot, 3, wait_s=HANG_S)
     yield subject
     batches_of(subject.bot)
@@ -132,8 +132,8 @@ def test_a_client_that_leaves_the_queue_never_starts_the_model(subject, loaded, 
 
 @pytest.mark.exhaustive
 @of("chatbot")
-def test_a_client_that_answers_no_ping_has_left_after_40_s(subject):
-    """As that on a laptop that sleeps. uvicorn asks every 20 s and waits for as long."""
+def test_a_client_that_answers_no_ping_counts_as_gone_after_40_s(subject):
+    """A laptop that sleeps has such a client. uvicorn pings every 20 s, and waits for as long."""
     subject.gate.hold_after(0)
     staying = subject.call(SHORT, 2)
     subject.gate.wait("step", 1)
@@ -157,7 +157,7 @@ def test_a_client_that_answers_no_ping_has_left_after_40_s(subject):
 
 
 def differs_in_code(bot: str, moment: str, way: str) -> bool:
-    """Moments: how a response begins and ends. Ways: what a WebSocket makes of them."""
+    """Moments differ in how a response begins and ends, ways in what a WebSocket makes of them."""
     if bot == "chatbot" and moment == "in mid-reply":
         return True
     if bot.endswith(V1):
@@ -193,11 +193,11 @@ def test_a_client_that_leaves_stops_the_model_within_one_token(subject, loaded, 
 
 
 def overlooked(subject: Subject, requests: int, leaving: int = 1) -> bool:
-    """Whether HAProxy does not tell of all clients that have left.
+    """Return whether HAProxy fails to report all clients that have left.
 
-    Version 2.8.25 now and then keeps the connection to the replica open, busily, and only notices
-    when it has text to pass on. The reply must end then, at the latest by itself: a client that
-    has only closed its own half may still read it.
+    Now and then, version 2.8.25 busily keeps the connection to the replica open. It only notices
+    that the client has left when it has text to pass on. The reply must end then, at the latest by
+    itself. A client that has only closed its own half may still read it.
     """
     if INGRESS != "haproxy" or subject.is_chat:
         return False
@@ -233,7 +233,7 @@ def test_an_exception_of_the_model_fails_its_request_alone(subject, loaded, step
 
 @pytest.mark.parametrize(
     ("served", "prompt"),
-    # Before the first byte, and in a row of a batch that others are in.
+    # Before the first byte, and in a row of a batch with other rows.
     cases(
         BOTS + BY_V1,
         (ENCODE_ERROR, DECODE_ERROR),
@@ -265,7 +265,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(subject, loaded):
     slow = subject.call(LONG)
     quick = subject.call(SHORT, 2)
     assert quick.outcome() == "finished"
-    subject.wait_for(finished=2)  # its whole reply is written, though it has read none of it
+    subject.wait_for(finished=2)  # the slow reply is written, though its client has read none of it
     assert slow.outcome() == "finished"
     assert slow.text == reference(loaded, [LONG], subject.limit)
 
@@ -296,7 +296,7 @@ def test_the_request_timeout_of_serve_stops_the_model(subject, tokens):
     cases(["batchbot"], [(0,), (2,), (0, 1, 2)], chosen=lambda bot, leaving: leaving == (0,)),
     indirect=["served"],
 )
-def test_rows_of_a_batch_that_are_left_stop_alone(triple, loaded, leaving):
+def test_only_the_abandoned_rows_of_a_batch_stop(triple, loaded, leaving):
     triple.gate.hold_after(3)
     rows = []
     for number in range(3):
@@ -338,7 +338,7 @@ def test_a_decode_error_in_one_row_fails_that_row_alone(triple, loaded):
 @pytest.mark.parametrize(
     "served", cases((*BOTS, "textbot/v1"), chosen=lambda bot: bot == "textbot"), indirect=True
 )
-def test_a_replica_that_is_killed_fails_what_it_was_doing_and_is_replaced(subject, loaded):
+def test_a_killed_replica_fails_its_requests_and_is_replaced(subject, loaded):
     process = subject.bot.call("process")
     subject.gate.hold_after(3)
     caller = subject.call(LONG)
@@ -353,7 +353,7 @@ def test_a_replica_that_is_killed_fails_what_it_was_doing_and_is_replaced(subjec
 
 
 def ask_until_served(subject: Subject):
-    """Ask again as long as the ingress has no replica to send the request to."""
+    """As long as the ingress has no replica for the request, ask again."""
     for _ in range(100):
         try:
             caller = subject.call(SHORT, 2)
@@ -370,7 +370,7 @@ def ask_until_served(subject: Subject):
     cases(BOTS, ("hang", "death"), chosen=lambda *each: each == ("textbot", "hang")),
     indirect=["served"],
 )
-def test_a_replica_whose_model_hangs_or_dies_fails_its_requests_and_is_replaced(
+def test_a_replica_with_a_hung_or_dead_model_fails_its_requests_and_is_replaced(
     subject, loaded, fault
 ):
     if fault == "hang":
@@ -389,12 +389,12 @@ def test_a_replica_whose_model_hangs_or_dies_fails_its_requests_and_is_replaced(
 @pytest.mark.parametrize(
     "name", cases(("textbot", "chatbot", "batched_chatbot"), chosen=lambda name: name == "textbot")
 )
-def test_a_redeploy_lets_running_streams_finish_and_what_outlasts_the_shutdown_is_cut(
+def test_a_redeploy_lets_running_streams_finish_unless_they_outlast_the_shutdown(
     port, new_gate, loaded, name
 ):
-    # The first replica is there still when its successor has started, however long that takes.
+    # The first replica stays until its successor has started, however long that takes.
     options = {"graceful_shutdown_timeout_s": HANG_S}
-    # Behind HAProxy, Serve closes the sockets of a replica that ends after this period.
+    # When a replica ends behind HAProxy, Serve closes its sockets after this period.
     period = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(HANG_S)}
     if INGRESS == "haproxy" and name.endswith("chatbot"):
         options |= {"ray_actor_options": {"runtime_env": {"env_vars": period}}}
@@ -502,7 +502,7 @@ def test_requests_over_the_limit_of_serve_are_503_with_retry_after(subject):
     waiting = [subject.call(SHORT, 1) for _ in range(100)]
     subject.gate.wait("asked" if subject.name == "batchbot" else "submitted", 100)
     answered: list[socket.socket] = []
-    # In waves, since Serve counts who waits only some time after it has looked at the count.
+    # Serve looks at its count some time before it counts who waits, so the test sends waves.
     while not answered:
         assert len(waiting) < 400, "nobody is refused"
         waiting += [subject.call(SHORT, 1) for _ in range(50)]
@@ -531,7 +531,7 @@ def test_requests_over_the_limit_of_serve_are_503_with_retry_after(subject):
     ),
     indirect=True,
 )
-def test_who_may_not_come_in_over_http_is_refused(subject, logs, headers, status):
+def test_http_requests_without_access_are_refused(subject, logs, headers, status):
     response = requests.post(subject.bot.http, params={"prompt": EMOJI_PROMPT}, headers=headers)
     assert response.status_code == status
     assert ("X-Model" in response.headers) == (status == 200)
@@ -551,7 +551,7 @@ def test_who_may_not_come_in_over_http_is_refused(subject, logs, headers, status
         ("localhost", WITH_KEY | {"Origin": "null"}, 403),
     ],
 )
-def test_who_may_not_come_in_over_a_websocket_is_refused(subject, host, headers, status):
+def test_websockets_without_access_are_refused(subject, host, headers, status):
     url = urlsplit(subject.bot.ws)
     connection = socket.create_connection((url.hostname, url.port))
     with pytest.raises(InvalidStatus) as refused:
@@ -561,7 +561,7 @@ def test_who_may_not_come_in_over_a_websocket_is_refused(subject, host, headers,
 
 
 @of("emoji_chatbot")
-def test_a_browser_comes_in_with_its_key_as_a_subprotocol_which_is_not_logged(subject, logs):
+def test_a_browser_connects_with_its_key_as_a_subprotocol_and_no_log_has_the_key(subject, logs):
     offered = ["chat.v1", in_base64(KEY)]
     with connect(subject.bot.ws, subprotocols=offered, origin=ALLOWED_ORIGIN) as websocket:
         assert websocket.subprotocol == "chat.v1"

@@ -1,4 +1,4 @@
-"""The bots, asked what nobody would: no 5xx, no hang, no reply that is wrong."""
+"""The bots, asked what nobody would ask: no 5xx, no hang, no wrong reply."""
 
 import json
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ def test_every_response_is_one_that_the_openapi_describes(bots: Bots, loaded, na
 
 @pytest.fixture(scope="module")
 def roomy(bots: Bots, tmp_path_factory: pytest.TempPathFactory) -> Bot:
-    """A bot that takes the longest of prompts."""
+    """A bot that takes the longest prompts."""
     folder = tmp_path_factory.mktemp("roomy")
     config = BloomConfig(hidden_size=8, n_layer=1, n_head=1)
     save_random_model(config, folder, context=20_000)
@@ -216,7 +216,7 @@ def send(websocket: ClientConnection, frames: list[Frame]) -> None:
 
 
 def expected(loaded: LoadedModel, exchanges: list[tuple[str, str]], max_new_tokens: int) -> str:
-    """What is replied to "Hello!" after these exchanges."""
+    """Return the reply to "Hello!" after these exchanges."""
     turns = [turn for said, reply in exchanges for turn in (user(said), assistant(reply))]
     turns.append(user("Hello!"))
     encode(turns, loaded.tokenizer, budget(loaded))
@@ -224,16 +224,16 @@ def expected(loaded: LoadedModel, exchanges: list[tuple[str, str]], max_new_toke
 
 
 def close_code(closed: ConnectionClosed) -> int:
-    """The code a socket was closed with.
+    """Return the code with which the server closed a socket.
 
-    After text that is not UTF-8 the server reads no further, so what the client still
-    sends is answered with a reset, which may overtake the server's 1007.
+    After text that is not UTF-8, the server reads no further. If the client still sends, it gets a
+    reset, which may overtake the server's 1007.
     """
     return 1007 if closed.rcvd is None else closed.rcvd.code
 
 
 def plain_code(loaded: LoadedModel, frame: Frame) -> int | None:
-    """The code with which a frame closes a plain chat."""
+    """Return the code with which a message closes a plain chat, if it does."""
     if not frame.is_text:
         return 1003
     try:
@@ -269,7 +269,7 @@ def talk_plainly(chatbot: Bot, loaded: LoadedModel, frames: list[Frame]) -> None
 
 @fuzz
 @given(frames=st.lists(text_frames(texts) | bad_frames, max_size=3))
-def test_a_plain_chat_replies_to_every_frame_or_says_which_it_does_not_take(
+def test_a_plain_chat_answers_every_message_or_closes_with_the_code_of_a_bad_one(
     chatbot, loaded, frames
 ):
     codes = {plain_code(loaded, frame) for frame in frames} - {None}
@@ -282,7 +282,7 @@ def test_a_plain_chat_replies_to_every_frame_or_says_which_it_does_not_take(
 
 
 def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
-    """What may answer a frame in chat.v1."""
+    """Return the types of messages that may answer a message in chat.v1."""
     try:
         message = {"text": frame.text()} if frame.is_text else {"bytes": b""}
         options = ReplyOptions.model_construct(max_new_tokens=CHAT_MAX_NEW_TOKENS)
@@ -292,7 +292,7 @@ def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
         encode([user(prompt.prompt)], loaded.tokenizer, budget(loaded))
         return {"done"}
     except PromptTooLong:
-        return {"done", "error"}  # the former if it is stopped before it is tokenized
+        return {"done", "error"}  # the former if a stop comes before the tokenizer
     except (Refusal, UnicodeDecodeError):
         return {"error"}  # or the socket closes
 
@@ -331,7 +331,7 @@ def is_utf8(data: bytes) -> bool:
 
 @fuzz
 @given(frames=st.lists(json_frames, max_size=6))
-def test_a_json_chat_answers_every_frame_once_unless_one_is_not_even_text(chatbot, loaded, frames):
+def test_a_json_chat_answers_every_message_once_unless_one_is_not_utf8(chatbot, loaded, frames):
     utf8 = all(is_utf8(b"".join(frame.fragments)) for frame in frames if frame.is_text)
     try:
         talk_json(chatbot, loaded, frames)
@@ -343,7 +343,7 @@ def test_a_json_chat_answers_every_frame_once_unless_one_is_not_even_text(chatbo
 
 
 @pytest.mark.parametrize("subprotocols", [None, [CHAT_V1]], ids=["plain", CHAT_V1])
-def test_a_frame_beyond_the_limit_of_the_server_closes_the_socket_with_1009(
+def test_a_message_over_the_servers_limit_closes_the_socket_with_1009(
     chatbot, loaded, subprotocols
 ):
     with (

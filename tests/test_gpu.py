@@ -1,4 +1,4 @@
-"""Bots with `num_gpus`: on the GPU that Ray has reserved, in the dtype asked for."""
+"""Bots with `num_gpus` run on the GPU that Ray has reserved, in the requested dtype."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ has_gpu = torch.cuda.is_available()
 
 class Placed:
     def placement(self) -> tuple[str, str, int]:
-        """Device and dtype of the weights, and how many GPUs the replica sees."""
+        """Return device and dtype of the weights, and how many GPUs the replica sees."""
         return str(self.model.device), str(self.model.dtype), torch.cuda.device_count()
 
 

@@ -1,4 +1,4 @@
-"""A model that hangs or dies fails its replies, and the bot's health says so, to be replaced."""
+"""If a model hangs or dies, its replies fail, and the health check has Serve replace the bot."""
 
 import asyncio
 import inspect
@@ -29,7 +29,9 @@ def breaking(request: pytest.FixtureRequest, bots: Bots) -> Bot:
 
 
 @pytest.mark.parametrize("fault", ["hang", "death"])
-def test_a_model_that_hangs_or_dies_fails_its_replies_and_the_replica_is_ill(breaking, fault):
+def test_a_model_that_hangs_or_dies_fails_its_replies_and_makes_the_replica_unhealthy(
+    breaking, fault
+):
     breaking.call("check_health")
     if fault == "hang":
         breaking.call("stall_after", 0.3)
@@ -63,7 +65,7 @@ def test_a_prompt_that_takes_long_to_read_is_no_stall(bots: Bots, name):
     bot.call("check_health")
 
 
-def test_a_replica_that_is_asked_for_its_health_again_drains_no_longer(monkeypatch):
+def test_a_replica_stops_draining_when_serve_asks_for_its_health_again(monkeypatch):
     monkeypatch.setattr(drain_module, "is_stopping", lambda: True)
     monkeypatch.setattr(drain_module, "SILENCE_S", 0.1)
     monkeypatch.setattr(drain_module, "LOOK_EVERY_S", 0.01)
@@ -78,6 +80,6 @@ def test_a_replica_that_is_asked_for_its_health_again_drains_no_longer(monkeypat
 
 
 def test_serve_asks_for_health_on_the_event_loop():
-    """It calls what is no coroutine in another thread, where the bot's state would change."""
+    """If a method is no coroutine, Serve calls it in another thread, and state changes there."""
     for bot in (Textbot, Chatbot, Batchbot, Continuousbot):
         assert inspect.iscoroutinefunction(bot.func_or_class.check_health)

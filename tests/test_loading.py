@@ -1,4 +1,4 @@
-"""loading.py and locating.py: what a name loads, how fast, and what errors say."""
+"""loaded_model.py and source.py: what a name loads, how fast, and what errors say."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def copy_of_model(emoji_model: Path, tmp_path: Path) -> Path:
 
 
 def reply(name: str, **options: str) -> str:
-    """The greedy reply of a loaded model to the prompt of the emoji model."""
+    """Return the greedy reply of a loaded model to the prompt of the emoji model."""
     loaded = load_model(name, **options)
     ids = loaded.tokenizer(EMOJI_PROMPT + loaded.tokenizer.eos_token, return_tensors="pt")
     output = loaded.model.generate(**ids, max_new_tokens=100)
@@ -113,7 +113,7 @@ def test_padding_is_always_a_token_that_the_model_knows(copy_of_model):
 
 
 @pytest.mark.parametrize("name", ["~nobody9/model", "x" * 300])
-def test_a_name_that_can_be_no_folder_is_refused_in_a_line(name):
+def test_an_impossible_folder_name_is_refused_in_one_line(name):
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         check_model(name)
 
@@ -135,7 +135,7 @@ def test_an_index_without_its_shards_is_not_taken_for_a_cached_model(tmp_path, m
 
 
 def test_a_hub_id_in_the_cache_needs_no_hub(emoji_model, tmp_path):
-    """In a process of its own, which reads the cache's place when it starts."""
+    """The model loads in a process of its own, which reads the cache's place when it starts."""
     cache = tmp_path / "hub"
     repository = cache / f"models--{NAME.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_hub_that_never_answers_is_given_up_within_5_seconds(monkeypatch):
         assert time.monotonic() - began < 5
 
 
-def test_a_model_that_is_named_is_never_replaced(no_hub):
+def test_an_explicitly_named_model_is_never_replaced(no_hub):
     with pytest.raises(ModelError, match=f"'{NAME}'.*tried.*connect to the hub"):
         load_model(NAME)
 
@@ -196,12 +196,12 @@ def broken(folder: Path, *names: str) -> None:
         (lambda folder: broken(folder, "config.json"), "the configuration cannot be read"),
         (lambda folder: broken(folder, "tokenizer.json"), "the tokenizer cannot be read"),
         (lambda folder: T5Config().save_pretrained(folder), "t5 is not a causal language model"),
-        # It loads as one, and reads what comes after a token.
+        # BERT loads as one, but reads what comes after a token.
         (lambda folder: BertConfig().save_pretrained(folder), "bert is not a causal"),
     ],
     ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "t5", "bert"],
 )
-def test_what_is_wrong_with_a_folder_is_found_before_its_weights_are_loaded(
+def test_problems_of_a_folder_are_found_before_its_weights_are_loaded(
     copy_of_model, damage, message
 ):
     damage(copy_of_model)
@@ -212,7 +212,7 @@ def test_what_is_wrong_with_a_folder_is_found_before_its_weights_are_loaded(
     assert "\n" not in str(error.value)
 
 
-def test_damaged_weights_are_one_line_too(copy_of_model):
+def test_damaged_weights_are_a_one_line_error_too(copy_of_model):
     (copy_of_model / "model.safetensors").write_bytes(b"no weights at all")
     check_model(str(copy_of_model))
     with pytest.raises(ModelError, match="the weights cannot be loaded") as error:
@@ -221,7 +221,7 @@ def test_damaged_weights_are_one_line_too(copy_of_model):
 
 
 def save_gguf_model(path: Path) -> None:
-    """A tiny Llama with random weights, the bytes as its tokens, and a chat template."""
+    """Save a tiny Llama with random weights, the bytes as its tokens, and a chat template."""
     tokenizer, rng = byte_tokenizer(64), numpy.random.default_rng(0)
     vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -267,13 +267,13 @@ def test_a_gguf_file_in_a_folder_is_a_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["no such model", "a/b/c", "model.gguf", "./nowhere:model.gguf"])
-def test_a_name_that_can_be_no_model_says_what_a_name_can_be(name, no_hub):
+def test_the_error_for_an_impossible_model_name_says_which_names_are_possible(name, no_hub):
     with pytest.raises(ModelError, match="<folder or hub id>:<file>"):
         check_model(name)
 
 
 @pytest.mark.parametrize("where", ["hub", "cache"])
-def test_a_long_load_reports_what_has_come_and_how_long_it_takes(
+def test_a_long_load_reports_its_download_and_the_elapsed_time(
     where, tmp_path, monkeypatch, caplog
 ):
     blobs = tmp_path / "models--someone--model" / "blobs"

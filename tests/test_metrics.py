@@ -1,4 +1,4 @@
-"""metrics.py on Ray's Prometheus endpoint: what is counted is what was done."""
+"""metrics.py on Ray's Prometheus endpoint: the metrics count what the bots did."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ STORY = "Tell me a story about dogs."
 
 
 def scrape(application: str) -> Counter[str]:
-    """The bot's metrics, summed over its replicas, those with an outcome under its name."""
+    """Return a bot's metrics, summed over its replicas. An outcome's name replaces the metric's."""
     port = ray.nodes()[0]["MetricsExportPort"]
     page = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S).text
     found: Counter[str] = Counter()
@@ -47,7 +47,7 @@ def scrape(application: str) -> Counter[str]:
 def increases(
     before: dict[str, Counter[str]], expected: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, float]]:
-    """By bot, what has been added to its metrics, once it is as expected or it will never be."""
+    """Return what was added to each bot's metrics, once it is as expected or time is up."""
     deadline = time.monotonic() + REPORTED_S
     while True:
         added = {}
@@ -60,7 +60,7 @@ def increases(
 
 
 @pytest.mark.serves("textbot", "chatbot", "batchbot")
-def test_what_is_counted_is_what_was_done(served_bots):
+def test_the_metrics_count_what_the_bots_did(served_bots):
     bots = {name: served_bots[name] for name in ("textbot", "chatbot", "batchbot")}
     before = {}
     for name, bot in bots.items():
@@ -103,7 +103,7 @@ GAUGES = {name: {"bot_requests_waiting": 2, "bot_requests_running": 1} for name 
 
 
 @pytest.mark.serves(*GAUGES)
-def test_who_waits_and_who_is_in_the_batch_is_shown(served_bots):
+def test_the_gauges_show_how_many_requests_wait_and_run(served_bots):
     callers = []
     for name in GAUGES:
         bot, ask = served_bots[name], CALLERS[name]
@@ -133,7 +133,7 @@ def test_a_gauge_goes_up_and_down_with_its_members(monkeypatch):
 
 
 @pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError])
-def test_a_client_that_leaves_while_its_request_is_read_has_cancelled_it(left, monkeypatch):
+def test_a_client_that_leaves_while_its_request_is_read_counts_as_cancelled(left, monkeypatch):
     outcomes: list[str] = []
     bot = SimpleNamespace(metrics=SimpleNamespace(count=outcomes.append))
     monkeypatch.setattr(middleware, "current_bot", lambda: bot)

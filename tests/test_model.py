@@ -1,4 +1,4 @@
-"""training/: the bundled model says what its card says, and the script that made it runs."""
+"""training/: the bundled model replies as its card says, and the script that made it runs."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 256
 
 
 def dialogues(title: str) -> list[list[str]]:
-    """The dialogues under a heading of the card: prompts after "> ", replies by turns."""
+    """Return the dialogues under a heading of the card. Prompts follow "> "; replies alternate."""
     (block,) = re.findall(rf"## {title}\n.*?```\n(.*?)```", CARD, re.DOTALL)
     return [
         [line.removeprefix("> ") for line in dialogue.splitlines()]
@@ -26,7 +26,7 @@ def dialogues(title: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("title", ["Sample dialogues", "Held-out prompts"])
-def test_the_dialogues_of_the_card_are_what_the_model_says(loaded, title):
+def test_the_model_reproduces_the_dialogues_of_its_card(loaded, title):
     shown = dialogues(title)
     assert len(shown) >= 10
     for turns in shown:
@@ -34,7 +34,7 @@ def test_the_dialogues_of_the_card_are_what_the_model_says(loaded, title):
             assert reference(loaded, turns[:length], MAX_NEW_TOKENS) == turns[length]
 
 
-def test_the_held_out_prompts_were_not_shown_word_for_word():
+def test_the_held_out_prompts_are_not_in_the_dialogues_word_for_word():
     def bare(text: str) -> str:
         return re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
 
@@ -52,7 +52,7 @@ def test_the_model_is_small_enough_to_live_in_the_repository():
 
 
 def train(*arguments: str | Path) -> str:
-    """What the training script prints in two steps."""
+    """Run two steps of the training script; return what it prints."""
     command = [sys.executable, REPOSITORY / "training" / "train_tiny_dialog.py", "--max-steps", "2"]
     ran = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

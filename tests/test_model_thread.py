@@ -1,4 +1,4 @@
-"""model_thread.py: one run after the other, and every streamer ends."""
+"""model_thread.py: runs follow one another, and every streamer ends."""
 
 import asyncio
 import threading
@@ -44,7 +44,7 @@ async def until_free(thread: ModelThread) -> None:
 
 
 class Held:
-    """A run of the model that lasts until it is let go."""
+    """A run of the model that lasts until a test lets it go."""
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
@@ -61,11 +61,11 @@ class Held:
         return streamer
 
 
-def test_one_runs_after_the_other_and_each_knows_how_many_are_ahead():
+def test_streamers_run_one_after_another_and_each_knows_how_many_are_ahead():
     async def test() -> None:
         thread, held, last = new_thread(), Held(), Held()
         streamers = [await held.submit_to(thread)]
-        assert [ahead async for ahead in thread.line(streamers[0])] == []  # it is its turn
+        assert [ahead async for ahead in thread.line(streamers[0])] == []  # it already has its turn
         for job in ((say, "1"), (say, "2"), (last,)):
             streamers.append(new_streamer(TOKENIZER))
             thread.submit(streamers[-1], *job)
@@ -82,7 +82,7 @@ def test_one_runs_after_the_other_and_each_knows_how_many_are_ahead():
     run(test)
 
 
-def test_who_is_cancelled_in_the_line_does_not_stay_in_it():
+def test_a_streamer_cancelled_in_the_line_does_not_stay_in_it():
     async def test() -> None:
         thread, held = new_thread(), Held()
         await held.submit_to(thread)
@@ -97,7 +97,7 @@ def test_who_is_cancelled_in_the_line_does_not_stay_in_it():
     run(test)
 
 
-def test_what_is_cancelled_while_it_waits_never_begins_and_leaves_its_place():
+def test_a_streamer_cancelled_while_it_waits_never_begins_and_frees_its_place():
     async def test() -> None:
         metrics = Mock()
         thread, held = new_thread(max_waiting=1, metrics=metrics), Held()
@@ -132,7 +132,7 @@ def test_an_exception_concerns_its_own_streamer_alone():
     run(test)
 
 
-def test_when_the_thread_dies_everybody_is_told_and_the_replica_is_ill():
+def test_a_thread_that_dies_fails_all_streamers_and_makes_the_replica_unhealthy():
     async def test() -> None:
         thread, held = new_thread(), Held()
         await held.submit_to(thread)
@@ -170,16 +170,16 @@ def test_no_progress_fails_all_streams_and_a_model_that_was_only_slow_recovers()
     run(test)
 
 
-def test_a_run_that_ends_when_it_is_given_up_leaves_no_healthy_replica_ill():
+def test_a_run_that_ends_just_as_it_is_given_up_leaves_the_replica_healthy():
     async def test() -> None:
         thread, held = new_thread(), Held()
         running, following = await held.submit_to(thread), new_streamer(TOKENIZER)
         held.go.set()
-        while not running.complete:  # so that the loop hears nothing of it
+        while not running.complete:  # without awaiting, so that the loop hears nothing of it
             time.sleep(0.001)  # noqa: ASYNC251
         thread.give_up(ModelStalled("no progress"))
         assert await read(running) == ""
-        await until_free(thread)  # now it hears of the end
+        await until_free(thread)  # now the loop hears of the end
         thread.submit(following, say, "hello")
         assert await read(following) == "hello"
 
@@ -218,7 +218,7 @@ def test_a_long_reply_with_progress_is_no_stall():
     run(test)
 
 
-def test_a_stall_is_noticed_also_when_its_own_reader_has_left():
+def test_a_stall_is_noticed_even_if_its_own_reader_has_left():
     async def test() -> None:
         thread, held = new_thread(stall_timeout_s=0.1), Held()
         (await held.submit_to(thread)).cancel()
@@ -231,7 +231,7 @@ def test_a_stall_is_noticed_also_when_its_own_reader_has_left():
     run(test)
 
 
-def test_what_is_stopped_again_and_again_leaves_nothing_in_the_line():
+def test_streamers_cancelled_again_and_again_leave_nothing_in_the_line():
     async def test() -> None:
         thread, held = new_thread(max_waiting=1), Held()
         await held.submit_to(thread)
@@ -266,7 +266,7 @@ def test_a_failure_that_nobody_reads_is_logged(monkeypatch):
     assert said == ["The model failed for a reply that nobody reads any more"]
 
 
-def test_a_lost_gpu_ends_the_thread_and_all_who_wait(monkeypatch):
+def test_a_lost_gpu_ends_the_thread_and_all_waiting_streamers(monkeypatch):
     def synchronize() -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -279,7 +279,7 @@ def test_a_lost_gpu_ends_the_thread_and_all_who_wait(monkeypatch):
         thread.submit(streamer, die, RuntimeError("out of memory"))
         with pytest.raises(RuntimeError, match="out of memory"):
             await read(streamer)
-        running = await held.submit_to(thread)  # the GPU is there still
+        running = await held.submit_to(thread)  # the GPU is still there
         failing, waiting = new_streamer(TOKENIZER), new_streamer(TOKENIZER)
         thread.submit(failing, die, RuntimeError("device-side assert"))
         thread.submit(waiting, say, "Hi")

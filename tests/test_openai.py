@@ -1,4 +1,4 @@
-"""http/openai/: what OpenAI's clients ask for, and what they get. Most runs in this process."""
+"""http/openai/: what OpenAI's clients ask for, and what they get, mostly in this process."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ every_bot = pytest.mark.parametrize("name", BOTS)
 
 
 def events_of(bot: Bot, **body: Any) -> list[str]:
-    """The events of a streamed reply, as they are on the wire."""
+    """Return the events of a streamed reply, as they are on the wire."""
     body = {"messages": [user("Hello!")], "stream": True, "max_tokens": 5} | body
     response = requests.post(f"{bot.http}v1/chat/completions", json=body, timeout=HANG_S)
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -69,7 +69,7 @@ def test_the_text_equals_that_of_the_bots_own_route(bots, loaded, name):
 
 
 @every_bot
-def test_a_conversation_equals_generate_in_company_of_others(bots, loaded, name):
+def test_the_reply_to_a_conversation_beside_others_equals_that_of_generate(bots, loaded, name):
     bot = free(bots, name)
     roles = ["user", "assistant"] * 2 + ["user"]
     conversation = [
@@ -98,7 +98,7 @@ def test_every_answer_is_one_of_openais_types(bots, name):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_stream_is_the_role_the_text_the_reason_and_the_usage(textbot, loaded):
+def test_a_stream_sends_the_role_the_text_the_finish_reason_and_the_usage(textbot, loaded):
     *events, done = events_of(textbot, stream_options={"include_usage": True})
     first, *pieces, last, usage = [json.loads(event.removeprefix("data: ")) for event in events]
     (beginning,) = first["choices"]
@@ -119,7 +119,7 @@ def test_a_stream_is_the_role_the_text_the_reason_and_the_usage(textbot, loaded)
     assert done == "data: [DONE]"
 
 
-def test_no_usage_unless_it_is_asked_for(textbot):
+def test_a_stream_has_no_usage_unless_the_client_asks_for_it(textbot):
     for options in ({}, {"stream_options": {"include_usage": None}}, {"stream_options": None}):
         assert not any("usage" in event for event in events_of(textbot, **options))
 
@@ -148,7 +148,7 @@ def test_a_reply_without_text_still_has_a_role_and_an_end(textbot, loaded):
     assert '"finish_reason": "stop"' in events[-2]
 
 
-def test_a_batch_of_different_options_gives_each_its_own(bots, loaded):
+def test_each_request_of_a_batch_gets_its_own_options(bots, loaded):
     bot = free(bots, "continuousbot")
     options = [
         {"temperature": 1.5, "seed": 7},
@@ -168,7 +168,7 @@ def test_a_batch_of_different_options_gives_each_its_own(bots, loaded):
 
 @every_bot
 @pytest.mark.parametrize("name_of_limit", ["max_tokens", "max_completion_tokens"])
-def test_a_reply_is_as_long_as_what_is_asked_and_the_bot_and_the_context_allow(
+def test_the_request_the_bot_and_the_context_limit_the_length_of_a_reply(
     bots, loaded, name, name_of_limit
 ):
     bot = free(bots, name)
@@ -189,7 +189,7 @@ def test_a_reply_is_as_long_as_what_is_asked_and_the_bot_and_the_context_allow(
     assert tokens(nearly_full, 1000) == left
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_dropped(textbot):
+def test_a_conversation_that_does_not_fit_is_refused_and_nothing_is_dropped(textbot):
     conversation = [user("Hello! " * 100), {"role": "assistant", "content": "Hi."}] * 4
     for prompt in ([*conversation, user("Hi!")], "a " * 600, "x" * 40_000):
         with pytest.raises(openai.BadRequestError) as refused:
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_dropped(textbot):
     ],
     ids=lambda options: ",".join(options),
 )
-def test_what_a_client_would_not_miss_is_ignored(textbot, loaded, options):
+def test_parameters_that_a_client_would_not_miss_are_ignored(textbot, loaded, options):
     assert text_of(complete(textbot, extra_body=options)) == reference(loaded, ["Hello!"], 5)
 
 
@@ -269,7 +269,9 @@ def test_the_names_of_ignored_parameters_are_logged_at_debug(textbot, caplog):
     ids=lambda each: each if isinstance(each, str) else json.dumps(each)[:40],
 )
 @pytest.mark.parametrize("stream", [True, False])
-def test_what_a_client_would_miss_is_a_400_that_names_it(textbot, param, options, stream):
+def test_a_parameter_that_a_client_would_miss_is_a_400_that_names_it(
+    textbot, param, options, stream
+):
     with pytest.raises(openai.BadRequestError) as refused:
         complete(textbot, extra_body=options, stream=stream)
     assert refused.value.param == param
@@ -301,13 +303,17 @@ TEMPLATE = (
     ],
     ids=["the bot's", "the messages'", "a developer's"],
 )
-def test_a_system_prompt_begins_a_conversation_that_brings_none(run_other, loaded, messages, turns):
+def test_the_bots_system_prompt_begins_a_conversation_without_one(
+    run_other, loaded, messages, turns
+):
     bot = run_other(Textbot.bind(BUNDLED, system_prompt=SYSTEM))
     expected = reference(loaded, [*turns, "Hello!"], 5)
     assert text_of(complete(bot, [*messages, user("Hello!")])) == expected
 
 
-def test_what_a_chat_template_refuses_is_a_400_with_its_words(run_other, loaded, tmp_path):
+def test_a_conversation_that_a_chat_template_refuses_is_a_400_with_its_words(
+    run_other, loaded, tmp_path
+):
     loaded.model.save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
@@ -344,7 +350,7 @@ def test_a_hub_id_is_known_by_its_last_part_as_well(run_other):
         complete(bot, model="body/tiny")
 
 
-def test_other_paths_of_openais_are_404_in_its_shape(textbot):
+def test_other_paths_of_openais_api_are_404_in_its_error_format(textbot):
     with pytest.raises(openai.NotFoundError) as refused:
         client_of(textbot).completions.create(model=BUNDLED, prompt="Hello!")
     assert refused.value.code == "unknown_url"
@@ -353,7 +359,7 @@ def test_other_paths_of_openais_are_404_in_its_shape(textbot):
     assert list(requests.get(f"{textbot.http}v2/", timeout=HANG_S).json()) == ["detail"]
 
 
-def test_the_key_is_the_sdks_and_errors_of_access_have_its_shape(bots):
+def test_the_sdk_sends_the_key_and_access_errors_have_openais_format(bots):
     bot = free(bots, "emoji_textbot")
     with pytest.raises(openai.AuthenticationError) as refused:
         client_of(bot, api_key="wrong").models.list()
@@ -369,7 +375,7 @@ def test_the_key_is_the_sdks_and_errors_of_access_have_its_shape(bots):
     assert too_long.value.status_code == 413
 
 
-def test_the_sdk_may_send_its_headers_from_pages_that_may_ask(bots):
+def test_the_sdk_may_send_its_headers_from_allowed_pages(bots):
     bot = free(bots, "emoji_textbot")
     asked = {
         "Origin": ALLOWED_ORIGIN,
@@ -384,7 +390,7 @@ def test_the_sdk_may_send_its_headers_from_pages_that_may_ask(bots):
     assert answer.status_code == 403
 
 
-def test_who_comes_when_too_many_wait_is_told_when_to_come_again(bots, monkeypatch):
+def test_a_client_is_told_when_to_try_again_if_too_many_prompts_wait(bots, monkeypatch):
     bot = free(bots, "chatbot")
     engine = bots.local.replicas["/chatbot"].servable_object.engine
     monkeypatch.setattr(engine, "max_waiting", 1)
@@ -403,7 +409,7 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_again(bots, monkeypat
         bot.gate.wait(outcome, count)
 
 
-def test_an_sdk_comes_again_when_it_was_told_to(bots, loaded, monkeypatch):
+def test_an_sdk_tries_again_when_it_was_told_to(bots, loaded, monkeypatch):
     bot = free(bots, "chatbot")
     engine = bots.local.replicas["/chatbot"].servable_object.engine
     monkeypatch.setattr(engine, "max_waiting", 0)
@@ -430,7 +436,7 @@ def test_a_failure_before_the_first_text_is_a_500(textbot, stream):
     textbot.gate.wait("failed", 1)
 
 
-def test_a_failure_later_is_an_event_and_the_body_breaks_off(textbot, loaded):
+def test_a_later_failure_is_an_event_and_the_body_breaks_off(textbot, loaded):
     textbot.gate.fail_at(3)
     pieces = []
     stream = client_of(textbot).chat.completions.create(
@@ -451,7 +457,7 @@ def test_a_failure_of_a_reply_that_is_not_streamed_is_a_500(textbot):
         complete(textbot, LONG)
 
 
-def test_while_nothing_comes_there_are_comments_and_then_a_failure_is_an_event(
+def test_a_silent_stream_sends_comments_and_then_reports_a_failure_as_an_event(
     textbot, loaded, monkeypatch
 ):
     monkeypatch.setattr(completion, "SILENCE_S", 0.2)
@@ -464,7 +470,7 @@ def test_while_nothing_comes_there_are_comments_and_then_a_failure_is_an_event(
         received = b"".join(caller.response.read1() for _ in range(2))
         assert received.startswith(b": ")
         assert set(received.split(b"\n\n")) == {completion.COMMENT.strip().encode(), b""}
-    textbot.gate.fail_at(1)  # after the step that was held
+    textbot.gate.fail_at(1)  # after the held step
     assert first.outcome() == "failed"
     assert "error" in first.events[-1]
     assert second.outcome() == "finished"
@@ -495,5 +501,5 @@ def test_the_counts_of_both_routes_are_one(textbot):
 
 @every_bot
 @pytest.mark.parametrize("ask", CLIENTS)
-def test_clients_that_others_wrote_get_the_reply(bots, loaded, name, ask):
+def test_third_party_clients_get_the_reply(bots, loaded, name, ask):
     assert ask(free(bots, name)) == reference(loaded, [LONG], 5)

@@ -88,7 +88,7 @@ def test_a_long_conversation_costs_few_tokenizations_and_a_refusal_one(tokenizer
 
 
 def test_text_that_costs_no_token_is_dropped_with_its_exchange(tokenizer):
-    """Many a chat template trims prompts."""
+    """Many chat templates trim prompts."""
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.content | trim }}{% endfor %}"
     turns = [user("Be kind") | {"role": "system"}]
     for _ in range(5):
@@ -99,7 +99,7 @@ def test_text_that_costs_no_token_is_dropped_with_its_exchange(tokenizer):
     assert turns == kept
 
 
-def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(tokenizer):
+def test_a_prompt_is_refused_if_the_tokenizer_leaves_nothing_of_it(tokenizer):
     tokenizer.eos_token = None
     tokenizer.backend_tokenizer.normalizer = Replace("~", "")
     assert encode([user("~a~")], tokenizer, 10) == encode([user("a")], tokenizer, 10)
@@ -107,7 +107,7 @@ def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(tokenizer):
         encode([user("~~")], tokenizer, 10)
 
 
-def test_a_prompt_that_fits_to_the_token_is_accepted_and_one_more_is_not(tokenizer):
+def test_a_prompt_that_just_fits_is_accepted_and_one_token_more_is_not(tokenizer):
     assert len(encode([user("x" * 9)], tokenizer, 10)) == 10
     with pytest.raises(PromptTooLong, match="has 11 tokens, 10 fit"):
         encode([user("x" * 10)], tokenizer, 10)

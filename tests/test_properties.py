@@ -1,4 +1,4 @@
-"""What holds for any text, tokens and JSON: encoded, decoded, streamed and framed without loss."""
+"""Bots encode, decode, stream and send any text, tokens and JSON without loss."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ from streaming_bots.models.prompt import (
 from streaming_bots.models.source import BUNDLED
 
 HANG_S = 60
-MARKER_LETTERS = "<>🐢"  # few, so that a chunk often is the marker
+MARKER_LETTERS = "<>🐢"  # few, so that a chunk is often the marker
 
 property_test = settings(deadline=None, derandomize=True)
 
@@ -55,7 +55,7 @@ conversations = st.builds(
     texts,
 )
 
-any_text = st.text(st.characters())  # also lone surrogates, which JSON can escape
+any_text = st.text(st.characters())  # includes lone surrogates, which JSON can escape
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | any_text,
     lambda values: st.lists(values, max_size=4) | st.dictionaries(any_text, values, max_size=4),
@@ -176,7 +176,7 @@ def test_the_pieces_end_before_the_first_stop_string_and_show_no_part_of_it(toke
 async def stream_batch(
     tokenizer: PreTrainedTokenizerBase, replies: list[list[int]], limits: list[int]
 ) -> list[str]:
-    """What the readers of a batch get of replies that end with EOS, as `generate` writes them."""
+    """Write replies that end with EOS, as `generate` does; return what the batch's readers get."""
     ends = [tokenizer.eos_token_id]
     rows = [Row(tokenizer, [0] * 3, reply_options(limit), ends) for limit in limits]
     streamer = RawStreamer(rows)
@@ -257,7 +257,7 @@ def test_text_in_json_messages_is_the_text(chunks):
 @example('{"type": "prompt", "prompt": "Hello!"}')
 @example('{"type": "stop"}')
 @example('{"type": "ping"}')
-def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text):
+def test_any_text_message_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text):
     try:
         request = JsonProtocol(LIMITS, OPTIONS).read({"text": text})
     except Refusal as error:
@@ -275,7 +275,7 @@ def test_any_text_frame_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text
 
 @property_test
 @given(data=st.binary())
-def test_any_binary_frame_is_refused(data):
+def test_any_binary_message_is_refused(data):
     for protocol in JsonProtocol(LIMITS, OPTIONS), PlainProtocol(LIMITS, OPTIONS, "<>"):
         with pytest.raises(BadMessage):
             protocol.read({"bytes": data})

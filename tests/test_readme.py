@@ -1,4 +1,4 @@
-"""The README: its commands are run and its transcripts compared, its file tree is true."""
+"""The README: its commands print what its transcripts show, and its file tree is right."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ from streaming_bots.settings import BatchbotSettings, ChatbotSettings, Continuou
 
 @pytest.fixture
 def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
-    """Where the README's commands find a bot, without a hub."""
+    """A local Serve where the README's commands find a bot, without a hub."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     local = LocalServe(8000)
     yield local
@@ -31,7 +31,7 @@ def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
 
 # `serve run textbot:app` itself is in test_serve_run.py.
 @pytest.mark.parametrize("name", ["chatbot", "batchbot", "continuousbot"])
-def test_the_app_of_a_bot_and_its_clients_print_what_is_shown(local_8000, checkout, name):
+def test_a_bots_app_and_its_clients_print_what_the_readme_shows(local_8000, checkout, name):
     local_8000.run(import_module(name).app, "")
     check_transcripts(name, checkout)
 
@@ -55,13 +55,13 @@ def test_the_config_for_clients_in_a_container_is_valid():
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRANSCRIPTS)
-def test_what_serve_run_starts_and_its_clients_print_what_is_shown(checkout, name):
+def test_serve_run_and_the_clients_print_what_the_readme_shows(checkout, name):
     with serve_run(checkout, f"{name}:app") as printed:
         check_transcripts(name, checkout)
     check_log(printed)
 
 
-def test_it_is_short_and_its_pictures_are_small():
+def test_the_readme_is_short_and_its_pictures_are_small():
     assert README.count("\n") <= 350
     assert section("Deploy").count("\n") <= 40
     pictures = re.findall(r'(?:src|srcset)="(.+?)"|!\[.*?\]\((.+?)\)', README)
@@ -70,7 +70,7 @@ def test_it_is_short_and_its_pictures_are_small():
         assert (REPOSITORY / picture).stat().st_size < 150_000
 
 
-def test_the_arguments_that_it_shows_are_valid():
+def test_the_arguments_that_the_readme_shows_are_valid():
     shown = [command.line for command in commands(section("Use another model"))]
     assert len(shown) == 3
     for line in shown:
@@ -79,7 +79,7 @@ def test_the_arguments_that_it_shows_are_valid():
         (BatchbotSettings if name == "batchbot:build" else ChatbotSettings)(**given)
 
 
-def test_the_file_tree_is_true():
+def test_the_file_tree_matches_the_repository():
     (tree,) = re.findall(r"```\n(textbot\.py .*?)```", README, re.DOTALL)
     folder, paths = "", set()
     for line in tree.splitlines():

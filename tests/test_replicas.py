@@ -1,4 +1,4 @@
-"""Replicas that follow the load, are replaced and end, without costing anybody a reply."""
+"""Replicas scale with the load, are replaced and end, and no client loses a reply."""
 
 import json
 import os
@@ -34,7 +34,7 @@ AT_ONCE = {
 
 
 def scaling(name: str) -> dict[str, Any]:
-    """The options of a bot with `num_replicas=auto`, but quicker."""
+    """Return the options of a bot with `num_replicas=auto`, but with quicker scaling."""
     options = ARGUMENTS[name](num_replicas="auto", num_cpus=0.1).deployment_options()
     options["autoscaling_config"] |= AT_ONCE
     return options
@@ -47,13 +47,13 @@ def chatbot(port: int, new_gate: Callable[[], Gate]) -> Iterator[Deployed]:
 
 
 def closed(websocket: ClientConnection) -> Close:
-    """How the bot closes a socket on which nothing more comes."""
+    """Return how the bot closes a socket, on which nothing more may come."""
     with pytest.raises(ConnectionClosedError) as error:
         websocket.recv(timeout=HANG_S)
     return error.value.rcvd
 
 
-def test_the_chatbot_follows_replies_not_sockets_and_a_downscale_cuts_none(chatbot, loaded):
+def test_the_chatbot_scales_with_replies_not_sockets_and_a_downscale_cuts_no_reply(chatbot, loaded):
     story, bot = reference(loaded, [STORY], MAX_NEW_TOKENS), chatbot.bot
     with ExitStack() as sockets:
         idle = [sockets.enter_context(connect(bot.ws)) for _ in range(6)]
@@ -61,18 +61,18 @@ def test_the_chatbot_follows_replies_not_sockets_and_a_downscale_cuts_none(chatb
         leaving = [ChatCaller(bot, STORY), ChatCaller(bot, STORY)]
         chatbot.wait_for(RUNNING=2, most=2)  # not one for each of eight sockets
 
-        # The new replica has no sockets yet, so that these come to it, once the proxy knows it.
+        # The new replica has no sockets yet. Once the proxy knows it, these sockets go to it.
         while True:
             staying = sockets.enter_context(connect(bot.ws))
             staying.send(STORY)
-            if bot.gate.happens("step", 5, 5):  # the first four are the old one's
+            if bot.gate.happens("step", 5, 5):  # the old replica took the first four
                 break
             staying.close()
         beside = sockets.enter_context(connect(bot.ws))
         for caller in leaving:
             caller.leave("close")
-        chatbot.wait_for(RUNNING=1, STOPPING=1)  # one reply needs one replica, the older
-        assert closed(beside).code == 1012  # the other one knows now that it ends
+        chatbot.wait_for(RUNNING=1, STOPPING=1)  # one reply needs one replica, the older one
+        assert closed(beside).code == 1012  # the other one now knows that it must end
         bot.gate.release()
         assert "".join(receive(staying)) == story
         assert closed(staying).code == 1012
@@ -82,7 +82,7 @@ def test_the_chatbot_follows_replies_not_sockets_and_a_downscale_cuts_none(chatb
 
 
 @pytest.mark.exhaustive
-def test_the_textbot_follows_its_requests(port, new_gate, loaded):
+def test_the_textbot_scales_with_its_requests(port, new_gate, loaded):
     story = reference(loaded, [STORY], MAX_NEW_TOKENS)
     with deployed("textbot", port, new_gate(), **scaling("textbot")) as textbot:
         textbot.gate.hold_after(3)
@@ -96,7 +96,7 @@ def test_the_textbot_follows_its_requests(port, new_gate, loaded):
 
 @contextmanager
 def chat_client(url: str, hello: str) -> Iterator[subprocess.Popen[str]]:
-    """clients/chat_client.py after a reply; a second one begins a new conversation."""
+    """Run clients/chat_client.py for one reply; a second reply begins a new conversation."""
     command = [sys.executable, "clients/chat_client.py", "--url", url]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as client:
@@ -110,9 +110,7 @@ def chat_client(url: str, hello: str) -> Iterator[subprocess.Popen[str]]:
     assert client.returncode == 0
 
 
-def test_a_replica_that_is_replaced_answers_what_it_was_asked_and_the_client_connects_again(
-    chatbot, loaded
-):
+def test_a_replaced_replica_answers_its_prompts_and_the_client_connects_again(chatbot, loaded):
     hello, bot = reference(loaded, [HELLO], MAX_NEW_TOKENS), chatbot.bot
     bot.gate.open()
     with (
@@ -130,7 +128,7 @@ def test_a_replica_that_is_replaced_answers_what_it_was_asked_and_the_client_con
         send("My name is Anna.")
         bot.gate.wait("step", 4)
         deploying = thread.submit(chatbot.deploy)
-        end = closed(idle)  # the replica knows now that it ends
+        end = closed(idle)  # the replica now knows that it must end
         assert (end.code, "connect again" in end.reason) == (1012, True)
         send("What is my name?")
         bot.gate.release()

@@ -27,7 +27,7 @@ from streaming_bots.http import request
 from textbot import Textbot
 
 STORY = "Tell me a story about dogs."
-ACCESS = [  # headers, and the status of a bot under key
+ACCESS = [  # headers, and the status that a bot with a key answers
     (WITH_KEY, 200),
     ({}, 401),
     (WITH_KEY | {"Host": "evil.example"}, 400),
@@ -74,7 +74,7 @@ def test_bad_parameters_are_a_422_that_names_the_field(bot, query, field):
         assert response.headers["X-Model"] == "tiny-dialog"
 
 
-def test_of_many_problems_the_first_are_told_with_short_names(bot):
+def test_a_422_lists_only_the_first_problems_with_shortened_names(bot):
     unknown = {"prompt": "Hi"} | {f"{number}{'x' * 200}": 0 for number in range(20)}
     for response in (
         requests.post(bot.http, params=unknown),
@@ -98,7 +98,7 @@ def test_a_body_that_does_not_come_is_a_408(bot, monkeypatch):
     connection.close()
 
 
-def test_the_body_goes_before_the_query(bot, loaded):
+def test_the_body_takes_precedence_over_the_query(bot, loaded):
     query = {"prompt": "Hello!", "max_new_tokens": 1}
     text = requests.post(bot.http, params=query, json={"max_new_tokens": 2}).text
     assert text == reference(loaded, ["Hello!"], 2)
@@ -160,7 +160,7 @@ def test_an_exception_of_the_tokenizer_fails_its_request_alone(bot, loaded, prom
     bot.gate.wait("finished", 1)
 
 
-def test_a_failure_before_the_first_text_is_an_answer_like_any_also_for_an_allowed_page(bots: Bots):
+def test_a_failure_before_the_first_text_is_a_normal_answer_even_for_an_allowed_page(bots: Bots):
     bots.emoji_textbot.gate.open()
     headers = {"Origin": ALLOWED_ORIGIN, **WITH_KEY}
     response = requests.post(
@@ -175,7 +175,7 @@ def test_a_failure_before_the_first_text_is_an_answer_like_any_also_for_an_allow
 
 @pytest.mark.parametrize(("headers", "status"), ACCESS)
 @pytest.mark.parametrize("name", ["emoji_textbot", "emoji_batchbot", "emoji_continuousbot"])
-def test_who_may_not_come_in_is_refused(bots: Bots, name, headers, status):
+def test_requests_without_access_are_refused(bots: Bots, name, headers, status):
     bot = getattr(bots, name)
     bot.gate.open()
     response = requests.post(bot.http, params={"prompt": EMOJI_PROMPT}, headers=headers)
@@ -189,6 +189,6 @@ def test_who_may_not_come_in_is_refused(bots: Bots, name, headers, status):
 @pytest.mark.parametrize(
     "deployment", [Textbot, Batchbot, Continuousbot], ids=lambda each: each.name
 )
-def test_serve_is_told_how_many_requests_a_replica_takes_and_when_to_try_again(deployment):
+def test_serve_is_told_the_request_limit_of_a_replica_and_the_retry_delay(deployment):
     assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (100, 100)
     assert deployment._deployment_config.backpressure_config.retry_after_s == 10

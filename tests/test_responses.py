@@ -1,4 +1,4 @@
-"""responses.py and prompts.py, without a cluster."""
+"""http/response.py, without a cluster."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -16,7 +16,7 @@ async def never() -> dict[str, str]:
 
 
 class Source:
-    """Chunks that know whether their generator was closed."""
+    """Chunks, and whether their generator has been closed."""
 
     def __init__(self, *chunks: str) -> None:
         self.chunks, self.closed = chunks, False
@@ -60,7 +60,7 @@ def test_a_client_that_leaves_while_a_chunk_is_sent_closes_the_source_at_once():
         task.cancel()
         await asyncio.wait([task])
         assert source.closed
-        return response  # so that the garbage collector had no part in it
+        return response  # kept until here, so that the garbage collector had no part in it
 
     asyncio.run(respond())
 

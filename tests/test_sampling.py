@@ -95,12 +95,12 @@ def test_each_option_of_sampling_asks_for_it(fields):
         {"temprature": 1},
     ],
 )
-def test_what_is_out_of_range_is_refused_by_name(fields):
+def test_an_option_out_of_range_is_refused_by_name(fields):
     with pytest.raises(ValidationError) as refused:
         options(**fields)
     assert refused.value.errors()[0]["loc"][0] in fields
 
 
-def test_a_temperature_that_float32_would_divide_by_as_zero_takes_the_most_likely_token():
+def test_a_temperature_that_is_zero_in_float32_takes_the_most_likely_token():
     options = {"max_new_tokens": 1, "temperature": 1e-50}
     assert ReplyOptions.model_validate(options, context={"limit": 1}).sampler(CPU) is None

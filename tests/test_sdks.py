@@ -21,7 +21,7 @@ BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
     cases(BOTS, CLIENTS, chosen=lambda bot, ask: bot == "textbot"),
     indirect=["served"],
 )
-def test_clients_that_others_wrote_get_the_reply(served, loaded, ask):
+def test_third_party_clients_get_the_reply(served, loaded, ask):
     assert ask(served) == reference(loaded, [PROMPT], 5)
 
 
@@ -30,7 +30,7 @@ def test_clients_that_others_wrote_get_the_reply(served, loaded, ask):
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_sdk_that_leaves_stops_the_model_within_one_token(subject, loaded, stream):
-    """In mid-stream, or, if the reply is not streamed, when its own timeout is over."""
+    """The SDK leaves in mid-stream. If the reply is not streamed, it leaves after its timeout."""
     subject.gate.hold_after(3)
     if stream:
         with client_of(subject.bot).chat.completions.create(

@@ -1,4 +1,4 @@
-"""`serve run`, as people type it: what it starts, what arguments change, what a mistake costs."""
+"""`serve run`, as people type it: what it starts, what arguments change, what mistakes cause."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ class Run(NamedTuple):
     """`serve run textbot:app`."""
 
     printed: list[str]
-    early: subprocess.CompletedProcess[str]  # the client that was there before
+    early: subprocess.CompletedProcess[str]  # the client that started before the bot
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def textbot(checkout: Path) -> Iterator[Run]:
 
 @contextmanager
 def early_client(folder: Path, name: str, *arguments: str) -> Iterator:
-    """A client that waits for its bot, and what returns how it has ended, once that runs."""
+    """Start a client before its bot; yield a function that returns how the client has ended."""
     command = [sys.executable, f"clients/{name}_client.py", *arguments]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=folder, text=True, **pipes) as client:
@@ -59,7 +59,7 @@ def test_a_client_that_is_early_says_so_and_waits(textbot, loaded):
     assert (textbot.early.stderr, textbot.early.returncode) == (waiting, 0)
 
 
-def test_the_readme_shows_what_it_and_its_clients_print(textbot, checkout):
+def test_the_readme_shows_what_serve_run_and_the_clients_print(textbot, checkout):
     check_transcripts("textbot", checkout)
     check_log(textbot.printed)
 
@@ -85,7 +85,7 @@ def test_arguments_configure_a_bot(checkout, emoji_model):
 
 
 @pytest.mark.exhaustive
-def test_what_ctrl_c_cuts_is_seen_as_cut(checkout, loaded):
+def test_clients_see_that_ctrl_c_has_cut_their_replies(checkout, loaded):
     prompt, cut = "Tell me a story about dogs.", requests.exceptions.ChunkedEncodingError
     whole, begun = reference(loaded, [prompt], 256), threading.Event()
 
@@ -116,7 +116,7 @@ def test_the_config_for_haproxy_answers_this_machine_only(checkout, loaded):
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else it takes 30 s to end
     }
-    submitted = "Submitted deploy config"  # `serve run` says no more of a config file
+    submitted = "Submitted deploy config"  # for a config file, `serve run` prints nothing later
     until_ready = Retry(
         100, status_forcelist=[404, 503], allowed_methods=None, backoff_factor=1, backoff_max=1
     )
@@ -144,7 +144,7 @@ MISTAKES = {
 }
 
 
-# What is wrong with the arguments is named by Serve, what with the model by `build`.
+# Serve names what is wrong with the arguments. `build` names what is wrong with the model.
 @pytest.mark.parametrize(
     "argument", cases(MISTAKES, chosen=lambda argument: argument == "model=./nowhere")
 )

@@ -1,4 +1,4 @@
-"""settings.py: what is checked before anything is deployed."""
+"""settings.py: what the settings check before Serve deploys anything."""
 
 import json
 from functools import partial
@@ -104,13 +104,13 @@ def call(module: ModuleType, bot: Bot, prompt: str) -> ChatCaller | HttpCaller:
 
 
 @pytest.mark.parametrize("module", [textbot, chatbot, batchbot, continuousbot])
-def test_an_app_answers_also_without_a_hub(run_other, module):
+def test_an_app_answers_even_without_a_hub(run_other, module):
     bot = run_other(module.app)
     assert requests.head(bot.http).headers["X-Model"] == BUNDLED
 
 
 @each_bot
-def test_what_is_built_has_the_arguments(run_other, model, module, arguments):
+def test_a_built_bot_has_the_given_arguments(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), max_new_tokens=3, num_cpus=0.5)))
     prompt = "x" * len(EMOJI_PROMPT)
     caller = call(module, bot, prompt)
@@ -130,7 +130,7 @@ def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, 
 @each_bot
 def test_a_system_prompt_begins_every_conversation(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), system_prompt="!")))
-    # The model's reply depends on how many tokens there are: two of this are the system's.
+    # The model's reply depends on the number of tokens. The system prompt has two of them.
     caller = call(module, bot, "x" * (len(EMOJI_PROMPT) - 2))
     assert (caller.outcome(), caller.text) == ("finished", "Hello")
 
@@ -151,7 +151,7 @@ def test_the_key_is_read_once(run_other, model, tmp_path):
         assert requests.post(f"{bot.http}?prompt=Hi", headers=headers).status_code == status
 
 
-def test_prompts_are_limited_by_default_also_where_the_context_is_long():
+def test_prompts_are_limited_by_default_even_if_the_context_is_long():
     assert [prompt_limit(None, context) for context in (512, 131_072)] == [511, 8192]
 
 

@@ -1,4 +1,4 @@
-"""Two thousand requests, many of which go wrong, and nothing of them is lost or left over."""
+"""Two thousand requests: many go wrong, but none is lost, and nothing is left over."""
 
 import asyncio
 import itertools
@@ -29,18 +29,18 @@ from streaming_bots.settings import BatchSettings
 
 REQUESTS = dict.fromkeys(SOAKED, 400)
 CLIENTS = 24  # at once, fewer than any limit of the bots
-LEAVE = 0.35  # in one of these phases, or a little later
+LEAVE = 0.35  # of the visits, in one of these phases or a little later
 PHASES = ["queue", "prefill", "first", "last", "random"]
 REFUSED = 0.04
 LONGEST_CHAT = 6
 MAX_NEW_TOKENS = 24
 SAMPLE_EVERY = 50  # requests
 OUTCOMES = ["finished", "failed", "cancelled", "refused"]
-# 2 % of a replica. The allocator moves it by up to 4, in both directions; a bot that lost 30 kB of
-# each of its requests, which are a quarter of the thousand, would show.
+# 2 % of a replica. The allocator moves it by up to 4 MB, in both directions. If a bot lost 30 kB in
+# each of its requests, which are a quarter of the thousand, it would show.
 GROWTH_MB = 7
-# Serve's batching holds the last batch until the next, and pools of threads fill up late. What is
-# left by each request, or by some, would be hundreds.
+# Serve's batching holds the last batch until the next. Pools of threads fill up late. If each
+# request, or some, left something over, there would be hundreds.
 ALLOWANCE = 2 * BatchSettings().max_batch_size
 HANG_S = 60  # only bounds a hang
 REPORTED_S = 60  # Ray reports counters every few seconds
@@ -50,13 +50,13 @@ BLANK = "  "
 TOO_LONG = "word " * 600
 BINARY = "binary"
 
-# What clients saw, by request id, of which a WebSocket has one: an outcome for each prompt, or that
-# they left before it. "unheard": they left before they heard anything.
+# What clients saw, by request id: an outcome for each prompt, or that they left before it. A
+# WebSocket has one request id. "unheard": they left before they heard anything.
 Seen = dict[str, list[str]]
 
 
 class Leave(NamedTuple):
-    """When and how a client goes: after so many seconds, or pieces of text, or in a phase."""
+    """When and how a client leaves: after some seconds or pieces of text, or in a phase."""
 
     seconds: float | None = None
     pieces: int | None = None
@@ -84,7 +84,7 @@ class Visit:
 
 
 def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
-    """So many requests for each bot, in visits by clients that want all kinds of things."""
+    """Plan this many requests for each bot, in visits by clients that want all kinds of things."""
     visits = []
     for bot, left in numbers.items():
         while left:
@@ -107,7 +107,11 @@ def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
 
 
 def moment(visit: Visit, dice: random.Random) -> Leave:
-    """Before or after the bot has the request, while it waits, is read or its reply streams."""
+    """Choose when a client leaves.
+
+    The bot may not have the request yet. If it has, the request waits, the model reads it, or its
+    reply streams.
+    """
     how, phase = dice.choice(["close", "reset"]), dice.choice(PHASES)
     if phase == "first":
         return Leave(pieces=1, how=how)
@@ -115,8 +119,8 @@ def moment(visit: Visit, dice: random.Random) -> Leave:
         return Leave(pieces=dice.randint(2, 6), how=how)
     if phase == "last":
         return Leave(phase=phase, how=how)
-    # A reset may destroy what the other side has not read yet. For HTTP, Serve's counters tell;
-    # of a prompt over a WebSocket nobody could tell whether it ever came.
+    # A reset may destroy what the other side has not read yet. For HTTP, Serve's counters show it.
+    # For a prompt over a WebSocket, nobody could tell whether it ever came.
     how = "close" if is_chat(visit.bot) else how
     if phase == "prefill":
         return Leave(phase=phase, how=how)
@@ -124,12 +128,12 @@ def moment(visit: Visit, dice: random.Random) -> Leave:
 
 
 class Clients:
-    """Ask the bots at an address, and note what they see."""
+    """Clients that ask the bots at an address, and note what they see."""
 
     def __init__(
         self,
         port: int,
-        begun: socket.socket,  # where the bots tell which requests their models begin to read
+        begun: socket.socket,  # where the bots report which requests their models begin to read
         after_each: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.port = port
@@ -142,7 +146,7 @@ class Clients:
         self.done = 0
 
     async def run(self, visits: list[Visit]) -> None:
-        """All visits, a few at a time."""
+        """Make all visits, a few at a time."""
         waiting = iter(visits)
         loop = asyncio.get_running_loop()
         loop.add_reader(self.begun, self.hear_of_one)
@@ -162,7 +166,7 @@ class Clients:
     async def visit_all(self, visits: Iterator[Visit]) -> None:
         for visit in visits:
             prompts, leave = visit.prompts, visit.leave
-            while prompts:  # what a failure or leaving early has left over, somebody else asks
+            while prompts:  # another client asks what a failure or an early leave left over
                 name = f"soak-{id(self)}-{next(self.numbers)}"
                 if is_chat(visit.bot):
                     outcomes = await self.chat(name, visit, prompts, leave)
@@ -175,7 +179,7 @@ class Clients:
                     self.after_each(self.done)
 
     async def post(self, name: str, visit: Visit, leave: Leave) -> str:
-        """One prompt over HTTP, which is spoken by hand to see where exactly a body breaks off."""
+        """Send one prompt over HTTP, by hand, to see exactly where a body breaks off."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         prompt = visit.prompts[0]
         body = json.dumps({"prompt": prompt}).encode()
@@ -215,7 +219,7 @@ class Clients:
             writer.close()
 
     async def chat(self, name: str, visit: Visit, prompts: list[str], leave: Leave) -> list[str]:
-        """Prompts over a WebSocket until it closes; what is returned is as long as were sent."""
+        """Send prompts over a WebSocket until it closes; return an outcome for each sent one."""
         async with connect(
             f"ws://127.0.0.1:{self.port}/soak_{visit.bot}/",
             additional_headers={"X-Request-ID": name},
@@ -258,7 +262,7 @@ class Clients:
 
 
 def reset(transport: asyncio.BaseTransport) -> None:
-    """End a TCP connection as a machine does that has crashed and come back."""
+    """End a TCP connection like a machine that has crashed and come back."""
     linger_not = struct.pack("ii", 1, 0)
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
     transport.abort()
@@ -275,7 +279,7 @@ class Outcome(NamedTuple):
 
 
 async def receive(websocket: ClientConnection, as_json: bool) -> Outcome | str:
-    """The outcome of a reply that is over, or a piece of one."""
+    """Return the outcome of a reply that is over, or a piece of one."""
     text = await websocket.recv()
     if not as_json:
         return Outcome("finished") if text == "<>" else text
@@ -290,7 +294,7 @@ async def receive(websocket: ClientConnection, as_json: bool) -> Outcome | str:
 
 
 class Counts(NamedTuple):
-    """What Ray's Prometheus endpoint has of each bot."""
+    """What Ray's Prometheus endpoint counts for each bot."""
 
     outcomes: dict[str, Counter[str]]  # by us
     proxy: dict[str, int]  # by Serve's proxy: HTTP requests and WebSockets
@@ -298,8 +302,11 @@ class Counts(NamedTuple):
 
     @property
     def served(self) -> dict[str, int]:
-        """By Serve, where it counts all: some WebSockets that are reset the proxy does not, some
-        HTTP requests that are cancelled the replica does not."""
+        """Serve's counts, from the side that counts all.
+
+        The proxy misses some WebSockets that clients reset. The replica misses some cancelled HTTP
+        requests.
+        """
         return self.proxy | {bot: self.replica[bot] for bot in REQUESTS if is_chat(bot)}
 
     def since(self, earlier: "Counts") -> "Counts":
@@ -322,7 +329,7 @@ def read_counts() -> Counts:
         if bot not in REQUESTS:
             continue
         number = int(float(value))
-        # Calls of our own, which have no route, count too.
+        # Serve counts our own calls, too, which have no route.
         from_clients = tags.get("route", "").startswith(f"/soak_{bot}")
         if name == "bot_requests":
             outcomes[bot][tags["outcome"]] += number
@@ -334,7 +341,7 @@ def read_counts() -> Counts:
 
 
 def until(read: Callable[[], Any], expected: Any) -> Any:
-    """What is read, once it is as expected or it is clear that it will not be."""
+    """Read until the value is as expected or time is up; return the value."""
     deadline = time.monotonic() + REPORTED_S
     while (value := read()) != expected and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -342,7 +349,7 @@ def until(read: Callable[[], Any], expected: Any) -> Any:
 
 
 def connections(port: int) -> int:
-    """How many clients Serve's proxy holds."""
+    """Count the clients that Serve's proxy holds."""
     return sum(
         connection.laddr.port == port and connection.status == psutil.CONN_ESTABLISHED
         for connection in psutil.net_connections("tcp")
@@ -350,7 +357,7 @@ def connections(port: int) -> int:
 
 
 class Soak:
-    """The bots, and what has been counted of them."""
+    """The bots, and what Ray has counted for them."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -392,12 +399,12 @@ class Soak:
 
 
 def mismatches(seen: Seen, report: Report) -> list[tuple[str, list[str], list[str]]]:
-    """What was counted otherwise than clients saw it, or not once."""
+    """Return the requests that the bot counted otherwise than clients saw them, or not once."""
     found = []
     for name in seen.keys() | report.outcomes.keys() | report.arrived.keys():
         saw, counted = seen.get(name, []), report.outcomes.get(name, [])
         never_came = saw == ["unheard"] and name not in report.arrived
-        # Whoever has left cannot know.
+        # A client that has left cannot know.
         as_seen = len(saw) == len(counted) and all(
             one in ("left", "unheard", other) for one, other in zip(saw, counted, strict=True)
         )
@@ -501,6 +508,6 @@ def test_nothing_of_2000_requests_is_lost_or_left_over(port, capsys):
 
 
 def trend_of_second_thousand(memory: dict[int, float]) -> float:
-    """MB in 1000 requests, by a line through all measurements."""
+    """Return the MB per 1000 requests, by a line through all measurements."""
     second = {done: size for done, size in memory.items() if done >= 1000}
     return 1000 * linear_regression([*second], [*second.values()]).slope

@@ -1,4 +1,4 @@
-"""streaming.py: whole characters, no polling, failures and cancellation handed over."""
+"""streamer.py and text_decoder.py: whole characters, no polling, failures, cancellation."""
 
 import asyncio
 import random
@@ -60,7 +60,7 @@ def test_pieces_of_any_tokens_join_to_what_decode_says():
 
 
 class AwaitedStreamer(ReplyStreamer):
-    """Holds the model until its text is read."""
+    """Holds the model until a reader has taken its text."""
 
     def add(self, token: int) -> None:
         before = self.decoder.decoded
@@ -75,7 +75,7 @@ class AwaitedStreamer(ReplyStreamer):
             self.taken.release()
 
 
-def test_each_token_of_a_letter_is_text_at_once(emoji):
+def test_each_token_that_completes_a_character_is_text_at_once(emoji):
     async def read() -> list[str]:
         streamer = AwaitedStreamer(emoji.tokenizer, (), reply_options(), ())
         ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
@@ -88,7 +88,7 @@ def test_each_token_of_a_letter_is_text_at_once(emoji):
     assert asyncio.run(read()) == list(EMOJI_REPLY)
 
 
-def test_what_is_there_when_the_reader_comes_travels_together_and_the_end_alone():
+def test_items_queued_before_the_reader_comes_travel_together_and_the_end_alone():
     async def read() -> list[list[int]]:
         numbers: TokenQueue[int] = TokenQueue()
         await asyncio.to_thread(lambda: [numbers.put(1), numbers.put(2), numbers.end()])
@@ -97,7 +97,7 @@ def test_what_is_there_when_the_reader_comes_travels_together_and_the_end_alone(
     assert asyncio.run(read()) == [[1, 2]]
 
 
-def test_a_reply_is_cancelled_once_however_often_it_is_said(emoji):
+def test_a_reply_is_cancelled_once_however_often_cancel_is_called(emoji):
     async def cancel() -> None:
         streamer = new_streamer(emoji.tokenizer)
         for _ in range(3):
@@ -127,7 +127,7 @@ def test_a_reply_that_is_complete_is_not_cancelled_any_more(emoji, when):
     assert asyncio.run(test()) == "length"
 
 
-def test_what_came_before_a_failure_is_read_before_it():
+def test_items_queued_before_a_failure_are_read_before_it():
     async def read() -> None:
         numbers: TokenQueue[int] = TokenQueue()
         numbers.put(1)
@@ -209,7 +209,7 @@ def test_a_reader_who_leaves_stops_the_model_within_one_token(emoji):
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """Like Llama 2's: words, and a token for each byte of everything else."""
+    """Return a tokenizer like Llama 2's: words, and a token for each byte of everything else."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hi", "!"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))

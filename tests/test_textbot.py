@@ -52,7 +52,7 @@ def test_the_first_chunk_arrives_while_the_model_still_generates(textbot):
     with requests.post(textbot.http, params={"prompt": "Hello!"}, stream=True) as response:
         chunks = response.iter_content(chunk_size=None)
         first = next(chunks)
-        textbot.gate.wait("step", 2)  # the model now stands before its second token
+        textbot.gate.wait("step", 2)  # the model now waits before its second token
         textbot.gate.release()
         rest = b"".join(chunks)
     assert first and rest
