@@ -1,0 +1,58 @@
+"""machine.py: the cores that a model computes with."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from streaming_bots import settings
+from streaming_bots.operations import machine
+from streaming_bots.settings import BotSettings
+
+
+@pytest.mark.parametrize(
+    ("allowed", "files", "expected"),
+    [
+        (1, {}, 1),
+        (2, {}, 2),
+        (16, {}, 16),
+        (16, {"cpu.max": "max 100000\n"}, 16),
+        (16, {"cpu.max": "400000 100000\n"}, 4),
+        (16, {"cpu.max": "250000 100000\n"}, 2),
+        (16, {"cpu.max": "50000 100000\n"}, 1),
+        (2, {"cpu.max": "400000 100000\n"}, 2),
+        (16, {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        (16, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 16),
+    ],
+)
+def test_the_cores_are_those_of_taskset_and_of_the_containers_limit(
+    tmp_path: Path, monkeypatch, allowed, files, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert machine.cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "threads"),
+    [
+        ({}, 8),
+        ({"num_replicas": 2}, 1),
+        ({"num_replicas": "auto"}, 1),
+        ({"num_cpus": 0.4}, 1),
+        ({"num_cpus": 0}, 1),
+        ({"num_cpus": 3}, 3),
+        ({"num_cpus": 3, "num_replicas": 2}, 3),
+    ],
+)
+def test_a_single_replica_computes_with_all_cores_unless_it_is_told_how_many(
+    monkeypatch, arguments, threads
+):
+    monkeypatch.setattr(settings, "cores", lambda: 8)
+    given = BotSettings(**arguments)
+    assert given.threads() == threads
+    reserved = given.deployment_options()["ray_actor_options"]["num_cpus"]
+    assert reserved == arguments.get("num_cpus", 1)
