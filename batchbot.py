@@ -139,7 +139,7 @@ class Batchbot(Bot):
             row.cancelled = row.end is None  # if so, the row ends at its next token
             self.metrics.waiting.discard(row)
             self.metrics.running.discard(row)
-            self.metrics.record_reply(row.options.asked, row.token_times)
+            self.metrics.record_reply(row)
 
     @serve.batch()  # reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:

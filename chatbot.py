@@ -50,8 +50,7 @@ class Chatbot(Bot):
         connection = ChatConnection(ws, self, options, self.settings.end_of_response)
         await ws.accept(subprotocol=connection.protocol.subprotocol)
         if self.places.locked():
-            await connection.refuse("too many chats are open")  # closes with 1013, try again later
-            return
+            return await connection.refuse("too many chats are open")  # 1013, try again later
         # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
         # `converse`, even in mid-reply. `open` takes their ExceptionGroup, and closes the socket.
         async with self.places, connection.open(), asyncio.TaskGroup() as tasks:
@@ -95,6 +94,7 @@ class Chatbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            past_key_values=streamer.past_key_values,  # what it has read before
             max_new_tokens=streamer.options.max_new_tokens,
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # sends whole characters to the event loop, call_soon_threadsafe
@@ -108,7 +108,7 @@ class Chatbot(Bot):
                 yield text  # the streamer buffers the rest of the reply for a slow client
         finally:
             self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
-            self.metrics.record_reply(streamer.options.asked, streamer.token_times)
+            self.metrics.record_reply(streamer)
 
 
 def build(settings: ChatbotSettings) -> serve.Application:

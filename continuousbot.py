@@ -61,7 +61,7 @@ class Continuousbot(Bot):
                 yield text  # the streamer buffers the rest of the reply for a slow client
         finally:
             self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
-            self.metrics.record_reply(streamer.options.asked, streamer.token_times)
+            self.metrics.record_reply(streamer)
 
 
 def build(settings: ContinuousbotSettings) -> serve.Application:

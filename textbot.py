@@ -50,6 +50,7 @@ class Textbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            past_key_values=streamer.past_key_values,  # what it has read before
             max_new_tokens=streamer.options.max_new_tokens,
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # sends whole characters to the event loop, call_soon_threadsafe
@@ -63,7 +64,7 @@ class Textbot(Bot):
                 yield text  # the streamer buffers the rest of the reply for a slow client
         finally:
             self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
-            self.metrics.record_reply(streamer.options.asked, streamer.token_times)
+            self.metrics.record_reply(streamer)
 
 
 def build(settings: BotSettings) -> serve.Application:

@@ -94,6 +94,14 @@ class BotSettings(AccessSettings):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="Number format of the weights; auto is the model's own."
     )
+    prefix_cache_mb: int = Field(
+        default=512,
+        ge=0,
+        description="Megabytes for keys and values of earlier replies: the next turn of a "
+        "conversation only reads what is new; a quarter of the free memory at most. 0 keeps none, "
+        "and lets no client learn from timing what others have asked. A continuous batch keeps "
+        "them in its cache.",
+    )
     system_prompt: str | None = Field(
         default=None, description="Instructions that begin every conversation."
     )

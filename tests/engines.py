@@ -35,7 +35,9 @@ class ScriptedThread(ModelThread):
 
     def __init__(self, limits: Any, metrics: Any) -> None:
         self.scripts: dict[Streamer, Callable[[Streamer], None]] = {}
-        super().__init__(torch.nn.Module(), self.play, limits, metrics)
+        model = torch.nn.Module()
+        model.device = torch.device("cpu")
+        super().__init__(model, self.play, limits, metrics)
 
     def submit(self, streamer: Streamer, function: Callable[..., None], *arguments: Any) -> None:
         self.scripts[streamer] = partial(function, *arguments)
@@ -46,7 +48,11 @@ class ScriptedThread(ModelThread):
 
 
 def settings(stall_timeout_s: float, max_waiting: int | None = None, **others: Any) -> Any:
-    return SimpleNamespace(stall_timeout_s=stall_timeout_s, max_waiting=max_waiting, **others)
+    return SimpleNamespace(
+        stall_timeout_s=stall_timeout_s,
+        max_waiting=max_waiting,
+        **{"prefix_cache_mb": 512} | others,
+    )
 
 
 def limits_of(prompt_budget: int, max_new_tokens: int, **others: Any) -> Any:
@@ -72,6 +78,8 @@ def new_batch(
     cache_tokens: int | None = None,
     stall_timeout_s: float = HANG_S,
     max_waiting: int | None = None,
+    **others: Any,
 ) -> ContinuousBatch:
-    sizes = settings(stall_timeout_s, max_waiting, max_batch_size=rows, cache_tokens=cache_tokens)
+    others |= {"max_batch_size": rows, "cache_tokens": cache_tokens}
+    sizes = settings(stall_timeout_s, max_waiting, **others)
     return ContinuousBatch(model, context, sizes)

@@ -344,36 +344,12 @@ def test_the_capacity_of_the_cache_is_known_even_if_layers_share_it_unequally():
 def test_the_cache_has_room_for_the_rows_or_a_long_prompt_in_half_of_the_memory(
     loaded, monkeypatch, context, rows, cache_tokens, free, expected
 ):
-    monkeypatch.setattr(kv_cache, "free_memory", lambda model: free)
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: free)
     manager = kv_cache.start_manager(loaded.model, context, rows, cache_tokens)
     manager.stop(hard_stop=True)
     tokens = manager.continuous_batching_config.num_blocks * kv_cache.PAGE_SIZE
     bound = expected or free // 2 // kv_cache.bytes_per_token(loaded.model)
     assert bound - kv_cache.PAGE_SIZE < tokens <= bound
-
-
-def test_free_memory_respects_a_containers_limit_and_counts_inactive_files_as_free(
-    loaded, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(kv_cache, "CGROUP", tmp_path)
-    everything = kv_cache.free_memory(loaded.model)
-    for name, content in (
-        ("memory.max", "300000\n"),
-        ("memory.current", "180000\n"),
-        ("memory.stat", "anon 90000\ninactive_file 40000\n"),
-    ):
-        (tmp_path / name).write_text(content)
-    assert kv_cache.free_memory(loaded.model) == 160_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert kv_cache.free_memory(loaded.model) > everything // 2
-    (tmp_path / "memory").mkdir()
-    for name, content in (
-        ("memory.limit_in_bytes", "200000\n"),
-        ("memory.usage_in_bytes", "210000\n"),
-        ("memory.stat", "inactive_file 5000\n"),
-    ):
-        (tmp_path / "memory" / name).write_text(content)
-    assert kv_cache.free_memory(loaded.model) == 0
 
 
 def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):

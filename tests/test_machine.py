@@ -1,13 +1,16 @@
-"""machine.py: the cores that a model computes with."""
+"""machine.py: the cores that a model computes with, and the memory that there is."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from streaming_bots import settings
 from streaming_bots.operations import machine
 from streaming_bots.settings import BotSettings
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,27 @@ def test_a_single_replica_computes_with_all_cores_unless_it_is_told_how_many(
     assert given.threads() == threads
     reserved = given.deployment_options()["ray_actor_options"]["num_cpus"]
     assert reserved == arguments.get("num_cpus", 1)
+
+
+def test_free_memory_respects_a_containers_limit_and_counts_inactive_files_as_free(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    everything = machine.free_memory(CPU)
+    for name, content in (
+        ("memory.max", "300000\n"),
+        ("memory.current", "180000\n"),
+        ("memory.stat", "anon 90000\ninactive_file 40000\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert machine.free_memory(CPU) == 160_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_memory(CPU) > everything // 2
+    (tmp_path / "memory").mkdir()
+    for name, content in (
+        ("memory.limit_in_bytes", "200000\n"),
+        ("memory.usage_in_bytes", "210000\n"),
+        ("memory.stat", "inactive_file 5000\n"),
+    ):
+        (tmp_path / "memory" / name).write_text(content)
+    assert machine.free_memory(CPU) == 0

@@ -60,7 +60,7 @@ def increases(
 
 
 @pytest.mark.serves("textbot", "chatbot", "batchbot")
-def test_the_metrics_count_what_the_bots_did(served_bots):
+def test_the_metrics_count_what_the_bots_did(served_bots, loaded):
     bots = {name: served_bots[name] for name in ("textbot", "chatbot", "batchbot")}
     before = {}
     for name, bot in bots.items():
@@ -78,8 +78,11 @@ def test_the_metrics_count_what_the_bots_did(served_bots):
         bot.gate.wait("cancelled", 1)
         bot.gate.open()
         refuse(bot, name)
+    # The bundled model's tokens of the prompt, and one that ends it.
+    prompt = len(loaded.tokenizer(STORY)["input_ids"]) + 1
     expected = {
         "finished": 2,
+        "bot_prompt_tokens_total": 4 * prompt,
         "failed": 1,
         "cancelled": 1,
         "refused": 1,

@@ -36,7 +36,8 @@ class ContinuousBatch(Engine):
         self.requests: dict[Streamer, str] = {}  # ids of the requests that the manager has
         self.added = 0
         context = batch_context(model, context)
-        self.manager = start_manager(model, context, rows, settings.cache_tokens)
+        shares = settings.prefix_cache_mb > 0
+        self.manager = start_manager(model, context, rows, settings.cache_tokens, shares)
         watch_layers(model, self.watchdog.note_progress)
         self.cache_tokens = tokens_that_fit(self.manager)
         self.context = min(context, self.cache_tokens)  # tokens of a prompt and its reply
@@ -76,6 +77,8 @@ class ContinuousBatch(Engine):
             self.give_up(BatchFailed(output.error))
             return
         if streamer not in self.running:
+            known = self.manager.batch_processor.scheduler.cached_tokens
+            streamer.cached_tokens = known.pop(output.request_id, 0)
             self.running.add(streamer)
             self._changed()
         streamer.text.min_interval = min_interval(len(self.running))

@@ -3,12 +3,8 @@
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from transformers import ContinuousBatchingConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -33,16 +29,20 @@ from streaming_bots.generation.padding import (
     prompt_of,
 )
 from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
+from streaming_bots.operations.machine import free_memory
 
 TOKENS_PER_ROW = 256  # of the KV cache, if all rows are taken
 TOKENS_OF_ONE = 8192  # a single reply may have at least this many, or the whole context if less
 PAGE_SIZE = 32  # tokens
-CGROUP = Path("/sys/fs/cgroup")
 PROMPT_TOKENS_PER_STEP = 256  # limits how long the prefill of a long prompt delays other replies
 
 
 def start_manager(
-    model: PreTrainedModel, context: int, rows: int, cache_tokens: int | None = None
+    model: PreTrainedModel,
+    context: int,
+    rows: int,
+    cache_tokens: int | None = None,
+    shares_prefixes: bool = True,
 ) -> ContinuousBatchingManager:
     """Start the thread that runs the model for all added requests, up to `rows` of them at once.
 
@@ -61,7 +61,7 @@ def start_manager(
         page_size=PAGE_SIZE,
         max_batch_tokens=rows + PROMPT_TOKENS_PER_STEP,
         max_requests_per_batch=rows,
-        allow_block_sharing=True,  # prefills a common beginning, such as a system prompt, once
+        allow_block_sharing=shares_prefixes,  # reads a common beginning once, such as earlier turns
         # Samplers draw new numbers at each step, and a recorded graph would not. They know the
         # rows of one step only, so each step must end before the next one is prepared.
         use_cuda_graph=False,
@@ -72,7 +72,7 @@ def start_manager(
     # By default, the cache would take most of the memory. On a CPU, each step would then cost more
     # time. On a GPU, there may be other replicas.
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
-    tokens = min(wanted, free_memory(model) // 2 // bytes_per_token(model))
+    tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
     manager = model.init_continuous_batching(continuous_batching_config=config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(
@@ -143,28 +143,6 @@ def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
     return bisect_left(range(1, blocks * PAGE_SIZE + 1), True, key=is_too_much)
 
 
-def free_memory(model: PreTrainedModel) -> int:
-    """Return the bytes free for the model: on its GPU, or for this container on this machine."""
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        return free
-    return min([psutil.virtual_memory().available, *container_memory()])
-
-
-def container_memory() -> Iterator[int]:
-    """Yield the bytes left of a container's limit, by both versions of Linux's cgroups."""
-    for folder, limit, used in (
-        (CGROUP, "memory.max", "memory.current"),
-        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # there is no such file, or the limit is "max"
-            statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-            # The used bytes include cached files, which Linux drops when memory is needed.
-            files = int(statistics.get("inactive_file", 0))
-            limit_bytes, used_bytes = (int((folder / name).read_text()) for name in (limit, used))
-            yield max(0, limit_bytes - used_bytes + files)
-
-
 def bytes_per_token(model: PreTrainedModel) -> int:
     """Return the bytes that the keys and values of one token take in the KV cache."""
     config = model.config.get_text_config()
@@ -182,6 +160,17 @@ class RoomScheduler(FIFOScheduler):
     """
 
     name = "room"
+
+    def reset(self) -> None:
+        super().reset()
+        self.cached_tokens: dict[str, int] = {}  # of prompts, by request
+
+    def _infer_request_tokens(self, state: RequestState, admitted: set[str]) -> list[int]:
+        known = state.position_offset
+        tokens: list[int] = super()._infer_request_tokens(state, admitted)
+        if state.position_offset > known:
+            self.cached_tokens[state.request_id] = state.position_offset - known
+        return tokens
 
     def add_waiting_request(self, state: RequestState) -> None:
         super().add_waiting_request(state)

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from streaming_bots.errors import ModelStalled
 from streaming_bots.generation.engine import Engine, Streamer, watch_layers
+from streaming_bots.generation.prefix_cache import PrefixCache
+from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.operations.machine import free_memory
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
 
@@ -35,6 +38,8 @@ class ModelThread(Engine):
     ) -> None:
         super().__init__(1, settings, metrics)
         self.generate_text = generate_text
+        room = min(settings.prefix_cache_mb * 1_000_000, free_memory(model.device) // 4)
+        self.prefixes = PrefixCache(model, room)
         self.loop = asyncio.get_running_loop()
         self.jobs: SimpleQueue[Streamer] = SimpleQueue()  # at most one
         watch_layers(model, self.watchdog.note_progress)
@@ -74,6 +79,9 @@ class ModelThread(Engine):
             try:
                 if streamer.done:  # its readers have just left
                     streamer.end()
+                elif isinstance(streamer, ReplyStreamer):
+                    with self.prefixes.used_by(streamer):
+                        self.generate_text(streamer)
                 else:
                     self.generate_text(streamer)
             except Exception as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from transformers import StoppingCriteria
+from transformers import Cache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from streaming_bots.generation.reply import ReplyState
@@ -102,6 +102,7 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
     """
 
     text: TokenQueue[str] = field(default_factory=TokenQueue, init=False)
+    past_key_values: Cache | None = field(default=None, init=False)  # for `generate`
     seen_prompt: bool = field(default=False, init=False)
     complete: bool = field(default=False, init=False)  # the model has written all of it
     read_to_end: bool = field(default=False, init=False)

@@ -1,9 +1,13 @@
-"""The cores that this process may use."""
+"""The cores and the memory that this process may use."""
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
+import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -25,3 +29,25 @@ def cores() -> int:
         if int(quota) > 0:  # -1 is no limit
             limits.append(int(quota) / int(period))
     return max(1, math.floor(min(limits)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes free for the model: on its GPU, or for this container on this machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return min([psutil.virtual_memory().available, *container_memory()])
+
+
+def container_memory() -> Iterator[int]:
+    """Yield the bytes left of a container's limit, by both versions of Linux's cgroups."""
+    for folder, limit, used in (
+        (CGROUP, "memory.max", "memory.current"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # there is no such file, or the limit is "max"
+            statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+            # The used bytes include cached files, which Linux drops when memory is needed.
+            files = int(statistics.get("inactive_file", 0))
+            limit_bytes, used_bytes = (int((folder / name).read_text()) for name in (limit, used))
+            yield max(0, limit_bytes - used_bytes + files)

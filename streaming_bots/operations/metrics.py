@@ -3,10 +3,11 @@
 Serve adds the tags `deployment` (the bot), `application` and `replica` to each metric.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from ray.serve.metrics import Counter, Gauge, Histogram
+
+from streaming_bots.generation.reply import ReplyState
 
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
@@ -38,6 +39,12 @@ class BotMetrics:
             tag_keys=("outcome",),
         )
         self.tokens = Counter("bot_generated_tokens", description="Tokens generated.")
+        self.prompt_tokens = Counter(
+            "bot_prompt_tokens", description="Tokens of prompts whose replies have begun."
+        )
+        self.cached_tokens = Counter(
+            "bot_cached_prompt_tokens", description="Those of them that were known already."
+        )
         self.first_token = Histogram(
             "bot_time_to_first_token_seconds",
             description="Seconds from a prompt to the first token of its reply.",
@@ -58,10 +65,13 @@ class BotMetrics:
     def count(self, outcome: str) -> None:
         self.requests.inc(tags={"outcome": outcome})
 
-    def record_reply(self, asked: float, token_times: Sequence[float]) -> None:
-        """Count a reply's tokens and how long each took; times are in seconds."""
-        if token_times:
-            self.tokens.inc(len(token_times))
-            self.first_token.observe(token_times[0] - asked)
-            for before, after in pairwise(token_times):
+    def record_reply(self, reply: ReplyState) -> None:
+        """Count a reply's tokens, and how long each took."""
+        if reply.token_times:
+            self.tokens.inc(reply.reply_tokens)
+            self.prompt_tokens.inc(len(reply.input_ids))
+            if reply.cached_tokens:
+                self.cached_tokens.inc(reply.cached_tokens)
+            self.first_token.observe(reply.token_times[0] - reply.options.asked)
+            for before, after in pairwise(reply.token_times):
                 self.inter_token.observe(after - before)

@@ -67,6 +67,7 @@ class Completion:
             "prompt_tokens": prompt,
             "completion_tokens": reply,
             "total_tokens": prompt + reply,
+            "prompt_tokens_details": {"cached_tokens": self.reply.state.cached_tokens},
         }
 
     def _event(self, delta: dict[str, str], end: bool = False) -> str:

@@ -1,0 +1,89 @@
+"""The KV caches of earlier replies, from which the next turn of a conversation continues."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from streaming_bots.generation.padding import LENGTH, are_alike, in_a_thread, next_token
+from streaming_bots.generation.streamer import ReplyStreamer
+
+REWRITTEN = 8  # tokens at the end of a reply that its next encoding may split in another way
+
+
+class PrefixCache:
+    """Keeps the KV caches of the latest replies, up to `max_bytes`; the oldest are dropped first.
+
+    After construction, it is used in the model's thread only.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
+        self.model = model
+        self.max_bytes = max_bytes if max_bytes and in_a_thread(can_crop, model) else 0
+        self.kept: list[tuple[list[int], DynamicCache]] = []  # token ids and their keys and values
+
+    @contextmanager
+    def used_by(self, streamer: ReplyStreamer) -> Iterator[None]:
+        """Give a reply what is known of its prompt, and keep what the model has read at its end."""
+        if not self.max_bytes:
+            yield
+            return
+        cache, streamer.cached_tokens = self._take(streamer.input_ids)
+        streamer.past_key_values = cache
+        yield
+        known = cache.get_seq_length()  # without the last token, which the model has not read
+        self.kept.append(([*streamer.input_ids, *streamer.decoder.ids][:known], cache))
+        while sum(byte_size(each) for _, each in self.kept) > self.max_bytes:
+            del self.kept[0]
+
+    def _take(self, input_ids: Sequence[int]) -> tuple[DynamicCache, int]:
+        """Return a cache of the longest known beginning of a prompt, and the beginning's length.
+
+        At least one token is left for the model to read.
+        """
+        common, index = max(
+            ((common_length(ids, input_ids), index) for index, (ids, _) in enumerate(self.kept)),
+            default=(0, 0),
+        )
+        common = min(common, len(input_ids) - 1)
+        if common == 0:
+            return DynamicCache(config=self.model.config), 0
+        ids, cache = self.kept[index]
+        if common >= len(ids) - REWRITTEN:  # it is the same conversation, so far
+            del self.kept[index]
+        else:
+            cache = copy.deepcopy(cache)
+        cache.crop(common - len(ids))
+        return cache, common
+
+
+def common_length(some: Sequence[int], others: Sequence[int]) -> int:
+    pairs = zip(some, others, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def byte_size(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def can_crop(model: PreTrainedModel) -> bool:
+    """Whether replies can continue from a part of the model's cache.
+
+    A sliding window has lost its beginning, and some models keep a state without positions.
+    """
+    prompt = torch.arange(2 * LENGTH, device=model.device)[None]
+    mask = torch.ones_like(prompt)
+    try:
+        whole = next_token(model, prompt, mask)
+        cache = whole.past_key_values
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return False
+        cache.crop(-LENGTH)
+        continued = next_token(model, prompt, mask, past_key_values=cache)
+    except Exception:
+        return False
+    return are_alike(continued.logits[0], whole.logits[0], model.dtype)

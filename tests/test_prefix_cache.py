@@ -1,0 +1,142 @@
+"""prefix_cache.py: what a conversation's next turn need not read again."""
+
+import asyncio
+
+import pytest
+import torch
+from bot_fixtures import CHAT_MAX_NEW_TOKENS, HANG_S, reference
+from callers import ask
+from engines import new_batch, new_streamer
+from openai_clients import complete, text_of, user
+from scripted_model import save_random_model
+from transformers import MistralConfig
+from websockets.sync.client import connect
+
+from streaming_bots.generation.prefix_cache import PrefixCache, byte_size
+from streaming_bots.models.loaded_model import load_model
+
+TURNS = ["Hi there!", "How are you?", "I am tired.", "Thank you!"]
+
+
+@pytest.fixture
+def cache(loaded):
+    return PrefixCache(loaded.model, 10_000_000)
+
+
+def write(cache: PrefixCache, loaded, ids: list[int], tokens: int = 4) -> tuple[list[int], int]:
+    """Have a reply written; return its tokens, and how many of the prompt were known."""
+
+    async def run() -> tuple[list[int], int]:
+        streamer = new_streamer(loaded.tokenizer, (), ids, tokens)
+        with cache.used_by(streamer):
+            prompt = torch.tensor([ids])
+            loaded.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=streamer.past_key_values,
+                max_new_tokens=tokens,
+                streamer=streamer,
+            )
+        return streamer.decoder.ids, streamer.cached_tokens
+
+    return asyncio.run(run())
+
+
+def test_a_next_turn_reads_only_what_is_new(cache, loaded):
+    ids = list(range(20, 40))
+    reply, known = write(cache, loaded, ids)
+    assert known == 0
+    longer = [*ids, *reply, 7, 8, 9]
+    continued, known = write(cache, loaded, longer)
+    assert known == len(ids) + len(reply) - 1  # the model has not read its last token
+    assert continued == write(PrefixCache(loaded.model, 0), loaded, longer)[0]
+    assert len(cache.kept) == 1
+
+
+def test_what_another_conversation_has_in_common_is_copied(cache, loaded):
+    ids = list(range(20, 60))
+    reply, _ = write(cache, loaded, ids)
+    other, known = write(cache, loaded, [*ids[:10], 5, 6])
+    assert known == 10
+    assert other == write(PrefixCache(loaded.model, 0), loaded, [*ids[:10], 5, 6])[0]
+    _, known = write(cache, loaded, [*ids, *reply, 7])
+    assert known == len(ids) + len(reply) - 1
+
+
+def test_at_least_one_token_is_read(cache, loaded):
+    ids = list(range(20, 40))
+    first, _ = write(cache, loaded, ids)
+    assert write(cache, loaded, ids) == (first, len(ids) - 1)
+
+
+def test_the_oldest_are_dropped_when_there_is_no_room(loaded):
+    cache = PrefixCache(loaded.model, 300_000)
+    for number in range(5):
+        write(cache, loaded, [number * 50 + place for place in range(40)])
+    assert 0 < sum(byte_size(each) for _, each in cache.kept) <= 300_000
+    assert write(cache, loaded, [4 * 50 + place for place in range(40)])[1] == 39
+    assert write(cache, loaded, list(range(40)))[1] == 0
+
+
+def test_a_reply_that_fails_keeps_nothing(cache, loaded):
+    async def fail() -> None:
+        with cache.used_by(new_streamer(loaded.tokenizer, (), [1, 2, 3])):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(fail())
+    assert cache.kept == []
+
+
+def test_a_model_whose_cache_cannot_be_cropped_reads_everything(tmp_path):
+    config = MistralConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+    )
+    save_random_model(config, tmp_path, context=128)
+    assert PrefixCache(load_model(str(tmp_path)).model, 10_000_000).max_bytes == 0
+
+
+def test_a_chat_reads_each_message_once_and_its_replies_stay_the_same(bots, loaded):
+    bot = bots.chatbot
+    bot.gate.open()
+    said, read = [], []
+    with connect(bot.ws) as websocket:
+        for turn in TURNS:
+            before = bot.gate.count("tokens")
+            reply = ask(websocket, turn)
+            read.append(bot.gate.count("tokens") - before)
+            said += [turn, reply]
+            assert reply == reference(loaded, said[:-1], CHAT_MAX_NEW_TOKENS)
+    whole = len(loaded.tokenizer(loaded.tokenizer.eos_token.join([*said, ""]))["input_ids"])
+    assert sum(read) < whole + 4 * len(TURNS)
+
+
+@pytest.mark.parametrize("name", ["textbot", "continuousbot"])
+def test_the_usage_says_how_much_of_a_prompt_was_known(bots, name):
+    bot = getattr(bots, name)
+    bot.gate.open()
+    messages = [user("Please remember this: " + "the dog is brown. " * 20)]
+    first = complete(bot, messages, 40)
+    messages += [{"role": "assistant", "content": text_of(first)}, user("What is brown?")]
+    second = complete(bot, messages, 2)
+    known = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 32 <= known < second.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("megabytes", [0, 1])
+def test_a_batch_shares_pages_unless_it_is_told_not_to(loaded, megabytes):
+    async def test() -> int:
+        batch = new_batch(loaded.model, 256, 2, prefix_cache_mb=megabytes)
+        for _ in range(2):
+            streamer = new_streamer(loaded.tokenizer, (), list(range(100, 200)), 2)
+            batch.submit(streamer)
+            await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
+        batch.manager.stop(hard_stop=True)
+        return streamer.cached_tokens
+
+    assert asyncio.run(test()) == (96 if megabytes else 0)
