@@ -37,7 +37,7 @@ MAX_NEW_TOKENS = 24
 SAMPLE_EVERY = 50  # requests
 OUTCOMES = ["finished", "failed", "cancelled", "refused"]
 # 2 % of a replica. The allocator moves it by up to 4 MB, in both directions. If a bot lost 30 kB in
-# each of its requests, which are a quarter of the thousand, it would show.
+# each of its 400 requests, it would show.
 GROWTH_MB = 7
 # Serve's batching holds the last batch until the next. Pools of threads fill up late. If each
 # request, or some, left something over, there would be hundreds.
