@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -43,7 +44,7 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from continuousbot import Continuousbot
-from streaming_bots.errors import TooManyWaiting
+from streaming_bots.errors import ModelStalled, TooManyWaiting
 from streaming_bots.generation import kv_cache
 from streaming_bots.generation.continuous_batch import BatchFailed, ContinuousBatch
 from streaming_bots.models.loaded_model import LoadedModel
@@ -366,6 +367,36 @@ def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
             await asyncio.sleep(1)  # time for the watchdog to report a stall
             batch.check()
             batch.cancel(streamer)
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
+
+
+def test_a_stall_is_noticed_even_if_all_clients_have_left(loaded):
+    async def test() -> None:
+        batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
+        begun, go, given_up = threading.Event(), threading.Event(), asyncio.Event()
+
+        def give_up(error: Exception) -> None:
+            batch.give_up(error)
+            given_up.set()
+
+        batch.watchdog.give_up = give_up
+
+        def hang(*_: object) -> None:
+            begun.set()
+            go.wait(HANG_S)
+
+        hook = loaded.model.register_forward_pre_hook(hang)
+        streamer = new_streamer(loaded.tokenizer, (), [1, 2, 3], 8)
+        batch.submit(streamer)
+        await asyncio.to_thread(begun.wait, HANG_S)
+        batch.cancel(streamer)
+        await asyncio.wait_for(given_up.wait(), HANG_S)
+        with pytest.raises(ModelStalled):
+            batch.check()
+        hook.remove()
+        go.set()
         batch.manager.stop(hard_stop=True)
 
     asyncio.run(test())

@@ -49,6 +49,10 @@ class ContinuousBatch(Engine):
             self.give_up(BatchFailed("the model's thread is dead"))
         super().check()
 
+    def has_work(self) -> bool:
+        """Also true while the manager has requests whose clients have left."""
+        return super().has_work() or self.manager.batch_processor.has_pending_requests()
+
     def cancel(self, streamer: Streamer) -> None:
         streamer.cancel()
         self._remove(streamer)

@@ -50,9 +50,7 @@ class Engine(ABC):
         self.running: set[Streamer] = set()  # those of them that it has begun
         self.moved = asyncio.Event()  # set and replaced when either of them changes
         self.error: Exception | None = None
-        self.watchdog = Watchdog(
-            settings.stall_timeout_s, lambda: bool(self.submitted), self.give_up
-        )
+        self.watchdog = Watchdog(settings.stall_timeout_s, self.has_work, self.give_up)
 
     def submit(self, streamer: Streamer) -> None:
         """Queue a streamer. If a place is free, its reply begins at once.
@@ -83,6 +81,10 @@ class Engine(ABC):
                 await self.moved.wait()
             else:
                 return
+
+    def has_work(self) -> bool:
+        """Whether the model must make progress."""
+        return bool(self.submitted)
 
     def in_progress(self) -> int:
         """Return how many replies are waiting or being written, and still have a reader."""
