@@ -111,6 +111,8 @@ def test_a_stream_sends_the_role_the_text_the_finish_reason_and_the_usage(textbo
     ]
     assert usage["choices"] == []
     prompt = len(loaded.tokenizer("Hello!")["input_ids"]) + 1  # with the end of the message
+    cached = usage["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 <= cached < prompt
     assert usage["usage"] == {
         "prompt_tokens": prompt,
         "completion_tokens": 5,

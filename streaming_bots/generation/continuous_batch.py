@@ -51,7 +51,8 @@ class ContinuousBatch(Engine):
 
     def has_work(self) -> bool:
         """Also true while the manager has requests whose clients have left."""
-        return super().has_work() or self.manager.batch_processor.has_pending_requests()
+        batch = self.manager.batch_processor  # None once the manager has stopped
+        return super().has_work() or (batch is not None and batch.has_pending_requests())
 
     def cancel(self, streamer: Streamer) -> None:
         streamer.cancel()
