@@ -26,6 +26,7 @@ from openai_clients import CLIENTS, client_of, complete, text_of, user
 
 from streaming_bots.http import app
 from streaming_bots.http.openai import completion
+from streaming_bots.http.openai.completion_request import CompletionRequest
 from streaming_bots.models.source import BUNDLED
 from textbot import Textbot
 
@@ -309,8 +310,18 @@ def test_the_bots_system_prompt_begins_a_conversation_without_one(
     run_other, loaded, messages, turns
 ):
     bot = run_other(Textbot.bind(BUNDLED, system_prompt=SYSTEM))
-    expected = reference(loaded, [*turns, "Hello!"], 5)
-    assert text_of(complete(bot, [*messages, user("Hello!")])) == expected
+    answer = complete(bot, [*messages, user("Hello!")])
+    assert text_of(answer) == reference(loaded, [*turns, "Hello!"], 5)
+    whole = loaded.tokenizer.eos_token.join([*turns, "Hello!", ""])
+    assert answer.usage.prompt_tokens == len(loaded.tokenizer(whole)["input_ids"])
+
+
+def test_a_developer_speaks_as_the_system_which_chat_templates_know():
+    request = CompletionRequest.model_validate(
+        {"messages": [{"role": "developer", "content": "Be brief."}], "max_new_tokens": 5},
+        context={"limit": 5},
+    )
+    assert request.conversation([]) == [{"role": "system", "content": "Be brief."}]
 
 
 def test_a_conversation_that_a_chat_template_refuses_is_a_400_with_its_words(
