@@ -199,6 +199,7 @@ class BatchSettings(BaseModel, extra="forbid"):
 
 
 class BatchbotSettings(BotSettings, BatchSettings):
+    prefix_cache_mb: Literal[0] = Field(default=0, description="A static batch keeps nothing.")
     _in_force: BatchSettings | None = PrivateAttr(default=None)
 
     def reconfigure(self, user_config: dict[str, Any]) -> BatchSettings:

@@ -257,9 +257,10 @@ class SoakBatchedChatbot(SoakContinuousBatch, Chatbot.func_or_class):
     pass
 
 
+LITTLE = {"prefix_cache_mb": 1}  # so that memory does not grow for long
 SOAKED = {
-    "textbot": (SoakTextbot, Textbot, {}),
-    "chatbot": (SoakChatbot, Chatbot, {}),
+    "textbot": (SoakTextbot, Textbot, LITTLE),
+    "chatbot": (SoakChatbot, Chatbot, LITTLE),
     "batched_chatbot": (SoakBatchedChatbot, Chatbot, {"max_batch_size": 32}),
     "batchbot": (SoakBatchbot, Batchbot, {}),
     "continuousbot": (SoakContinuousbot, Continuousbot, {}),

@@ -136,6 +136,7 @@ def test_a_batch_shares_pages_unless_it_is_told_not_to(loaded, megabytes):
             streamer = new_streamer(loaded.tokenizer, (), list(range(100, 200)), 2)
             batch.submit(streamer)
             await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
+        assert batch.cached_tokens == {}
         batch.manager.stop(hard_stop=True)
         return streamer.cached_tokens
 

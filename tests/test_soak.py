@@ -369,7 +369,6 @@ class Soak:
                 begun_port=self.begun.getsockname()[1],
                 model=BUNDLED,
                 max_new_tokens=MAX_NEW_TOKENS,
-                prefix_cache_mb=1,  # so that memory does not grow for long
                 **arguments,
             )
             name = f"soak_{bot}"

@@ -38,6 +38,7 @@ class ContinuousBatch(Engine):
         context = batch_context(model, context)
         shares = settings.prefix_cache_mb > 0
         self.manager = start_manager(model, context, rows, settings.cache_tokens, shares)
+        self.cached_tokens = self.manager.batch_processor.scheduler.cached_tokens
         watch_layers(model, self.watchdog.note_progress)
         self.cache_tokens = tokens_that_fit(self.manager)
         self.context = min(context, self.cache_tokens)  # tokens of a prompt and its reply
@@ -82,8 +83,7 @@ class ContinuousBatch(Engine):
             self.give_up(BatchFailed(output.error))
             return
         if streamer not in self.running:
-            known = self.manager.batch_processor.scheduler.cached_tokens
-            streamer.cached_tokens = known.pop(output.request_id, 0)
+            streamer.cached_tokens = self.cached_tokens.get(output.request_id, 0)
             self.running.add(streamer)
             self._changed()
         streamer.text.min_interval = min_interval(len(self.running))
@@ -101,6 +101,7 @@ class ContinuousBatch(Engine):
         request = self.requests.pop(streamer, None)
         if request is None:
             return
+        self.cached_tokens.pop(request, None)
         self.manager.cancel_request(request)
         # The manager removes a handler only when its reply ends. It keeps output that has no
         # handler until somebody fetches it.

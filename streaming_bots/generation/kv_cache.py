@@ -163,7 +163,7 @@ class RoomScheduler(FIFOScheduler):
 
     def reset(self) -> None:
         super().reset()
-        self.cached_tokens: dict[str, int] = {}  # of prompts, by request
+        self.cached_tokens: dict[str, int] = {}  # of prompts, by request; the engine drops them
 
     def _infer_request_tokens(self, state: RequestState, admitted: set[str]) -> list[int]:
         known = state.position_offset
@@ -197,6 +197,8 @@ class RoomScheduler(FIFOScheduler):
         cancelled: list[RequestState] = super().clear_cancelled_requests()
         if len(self.active_requests) < active:
             self.block_new_requests = False
+        for state in cancelled:  # it may have been admitted after the engine dropped it
+            self.cached_tokens.pop(state.request_id, None)
         return cancelled
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from streaming_bots.errors import ModelStalled
 from streaming_bots.generation.engine import Engine, Streamer, watch_layers
 from streaming_bots.generation.prefix_cache import PrefixCache
-from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.operations.machine import free_memory
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
@@ -79,11 +78,9 @@ class ModelThread(Engine):
             try:
                 if streamer.done:  # its readers have just left
                     streamer.end()
-                elif isinstance(streamer, ReplyStreamer):
+                else:
                     with self.prefixes.used_by(streamer):
                         self.generate_text(streamer)
-                else:
-                    self.generate_text(streamer)
             except Exception as error:
                 if streamer.done:
                     logger.exception("The model failed for a reply that nobody reads any more")

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from streaming_bots.generation.engine import Streamer
 from streaming_bots.generation.padding import LENGTH, are_alike, in_a_thread, next_token
 from streaming_bots.generation.streamer import ReplyStreamer
 
@@ -27,11 +28,12 @@ class PrefixCache:
         self.kept: list[tuple[list[int], DynamicCache]] = []  # token ids and their keys and values
 
     @contextmanager
-    def used_by(self, streamer: ReplyStreamer) -> Iterator[None]:
+    def used_by(self, streamer: Streamer) -> Iterator[None]:
         """Give a reply what is known of its prompt, and keep what the model has read at its end."""
         if not self.max_bytes:
             yield
             return
+        assert isinstance(streamer, ReplyStreamer)
         cache, streamer.cached_tokens = self._take(streamer.input_ids)
         streamer.past_key_values = cache
         yield

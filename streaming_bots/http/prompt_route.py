@@ -29,6 +29,13 @@ def _error(description: str, detail: dict[str, Any]) -> dict[str, Any]:
     return described(description, "application/json", _detailed(detail))
 
 
+# By status, errors that all routes have.
+ERRORS = {
+    401: "The key is missing or wrong",
+    403: "Web pages of this origin may not ask",
+    408: "The body did not come in time",
+    500: "The reply failed before its first text",
+}
 TEXT = {"type": "string"}
 PROBLEMS = {
     "type": "array",
@@ -66,12 +73,9 @@ PROMPT_ROUTE: dict[str, Any] = {
                 "application/json": {"schema": _detailed(TEXT)},
             },
         },
-        401: _error("The key is missing or wrong", TEXT),
-        403: _error("Web pages of this origin may not ask", TEXT),
-        408: _error("The body did not come in time", TEXT),
+        **{status: _error(description, TEXT) for status, description in ERRORS.items()},
         413: _error("The prompt or the body is too long", TEXT),
         422: _error("A parameter is missing or wrong", PROBLEMS),
-        500: _error("The reply failed before its first text", TEXT),
         503: described("Too many requests wait already", "text/plain", TEXT),
     },
 }

@@ -122,10 +122,7 @@ async def read_request(request: Request) -> TextRequest:
             given |= parse_object(body)
         except ValueError as error:
             raise not_json(error) from None
-    try:
-        return _validate(TextRequest, given)
-    except ValidationError as error:
-        raise RequestValidationError(describe_problems(error, place)) from None
+    return validate(TextRequest, given, place)
 
 
 def not_json(error: ValueError) -> RequestValidationError:
@@ -142,17 +139,23 @@ async def read_options(connection: HTTPConnection) -> ReplyOptions:
     raises RequestValidationError (422).
     """
     try:
-        return _validate(ReplyOptions, query_fields(connection.query_params))
-    except ValidationError as error:
-        problems = describe_problems(error, "query")
+        return validate(ReplyOptions, query_fields(connection.query_params), "query")
+    except RequestValidationError as error:
         if connection.scope["type"] == "websocket":
-            raise WebSocketRequestValidationError(problems) from None
-        raise RequestValidationError(problems) from None
+            raise WebSocketRequestValidationError(error.errors()) from None
+        raise
 
 
-def _validate(kind: type[Model], given: dict[str, Any]) -> Model:
+def validate(kind: type[Model], given: dict[str, Any], place: str) -> Model:
+    """Validate parameters, with the bot's own limit of a reply.
+
+    Raises RequestValidationError, which names the place ("query" or "body") and the parameter.
+    """
     limit = current_bot().max_new_tokens
-    return kind.model_validate({"max_new_tokens": limit, **given}, context={"limit": limit})
+    try:
+        return kind.model_validate({"max_new_tokens": limit, **given}, context={"limit": limit})
+    except ValidationError as error:
+        raise RequestValidationError(describe_problems(error, place)) from None
 
 
 def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:

@@ -4,33 +4,22 @@ import logging
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from streaming_bots.bot import current_bot
 from streaming_bots.generation.sampling import Integer, Real, ReplyOptions
 from streaming_bots.http.request import (
     MAX_NAME,
     MAX_PROBLEMS,
-    describe_problems,
     not_json,
     parse_object,
     read_body,
+    validate,
 )
 from streaming_bots.models.prompt import Message
 
 logger = logging.getLogger("ray.serve")
 
 MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or tools' schemas
-
 
 # These convert values that other servers allow. A `top_p` of 0 keeps only the most likely token, a
 # `top_k` of -1 keeps all tokens, and a seed may be negative.
@@ -121,13 +110,8 @@ async def read_completion_request(request: Request) -> CompletionRequest:
         fields = parse_object(body, MAX_BYTES_OUTSIDE_STRINGS)
     except ValueError as error:
         raise not_json(error) from None
+    fields.pop("max_new_tokens", None)  # a bot's own name of the limit
     given = {name: value for name, value in fields.items() if value is not None}
-    limit = current_bot().max_new_tokens
     if ignored := sorted(given.keys() - CompletionRequest.model_fields.keys()):
         logger.debug(f"ignored: {[name[:MAX_NAME] for name in ignored[:MAX_PROBLEMS]]}")
-    try:
-        return CompletionRequest.model_validate(
-            given | {"max_new_tokens": limit}, context={"limit": limit}
-        )
-    except ValidationError as error:
-        raise RequestValidationError(describe_problems(error, "body")) from None
+    return validate(CompletionRequest, given, "body")

@@ -7,6 +7,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PREFIX = "/v1/"
+CODES = {401: "invalid_api_key", 404: "unknown_url"}
 
 
 def describe_error(
@@ -63,6 +64,3 @@ def rewrite(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
     message = f"{param}: {problem['msg']}" if param else problem["msg"]
     status = 400 if status == 422 else status
     return status, describe_error(status, message, param, problem["type"])
-
-
-CODES = {401: "invalid_api_key", 404: "unknown_url"}

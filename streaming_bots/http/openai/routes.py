@@ -12,7 +12,7 @@ from streaming_bots.http.openai.completion_request import (
     CompletionRequest,
     read_completion_request,
 )
-from streaming_bots.http.prompt_route import described
+from streaming_bots.http.prompt_route import ERRORS, described
 from streaming_bots.http.response import EventStream
 
 ERROR = {
@@ -20,16 +20,13 @@ ERROR = {
     "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
     "required": ["error"],
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
+RESPONSES: dict[int | str, dict[str, Any]] = {
     status: described(description, "application/json", ERROR)
     for status, description in {
+        **ERRORS,
         400: "A parameter is wrong, or the messages do not fit the model's context",
-        401: "The key is missing or wrong",
-        403: "Web pages of this origin may not ask",
         404: "There is no such model here",
-        408: "The body did not come in time",
         413: "The body is too long",
-        500: "The reply failed before its first text",
         503: "Too many requests wait already",
     }.items()
 }
@@ -51,7 +48,7 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return resolve(schema)
 
 
-router = APIRouter(prefix="/v1", responses=ERRORS)
+router = APIRouter(prefix="/v1", responses=RESPONSES)
 
 
 @router.post(
