@@ -252,7 +252,9 @@ class Clients:
                                 reset(websocket.transport)
                             return outcomes
                 except TimeoutError:
-                    assert leave.seconds is not None or leave.phase == "prefill", "the bot hangs"
+                    assert leave.seconds is not None or leave.phase == "prefill", (
+                        f"{visit} hangs, {leave}"
+                    )
                     return outcomes
                 except ConnectionClosed as closed:
                     outcomes[number] = "failed" if closed.rcvd.code == 1011 else "refused"
@@ -369,6 +371,7 @@ class Soak:
                 begun_port=self.begun.getsockname()[1],
                 model=BUNDLED,
                 max_new_tokens=MAX_NEW_TOKENS,
+                num_cpus=1,  # of the cores that five bots share
                 **arguments,
             )
             name = f"soak_{bot}"
