@@ -116,8 +116,8 @@ class Bot(ABC):
         Raises a Refusal, or the error that ended the engine.
         """
 
-    def record_autoscaling_stats(self) -> dict[str, int]:
-        """Called by Serve. Returns the count that the policy in operations/autoscaling.py uses."""
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """Called by Serve. Return the count that the policy in operations/autoscaling.py uses."""
         return {"replies": self.engine.in_progress()}
 
     async def check_health(self) -> None:

@@ -9,7 +9,7 @@ from callers import ask
 from engines import new_batch, new_streamer
 from openai_clients import complete, text_of, user
 from scripted_model import save_random_model
-from transformers import MistralConfig
+from transformers import DynamicCache, MistralConfig
 from websockets.sync.client import connect
 
 from streaming_bots.generation.prefix_cache import PrefixCache, byte_size
@@ -42,6 +42,11 @@ def write(cache: PrefixCache, loaded, ids: list[int], tokens: int = 4) -> tuple[
     return asyncio.run(run())
 
 
+def storage(cache: DynamicCache) -> int:
+    """Bytes that a cache holds, with those of which it is only a view."""
+    return sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
+
+
 def test_a_next_turn_reads_only_what_is_new(cache, loaded):
     ids = list(range(20, 40))
     reply, known = write(cache, loaded, ids)
@@ -58,6 +63,8 @@ def test_what_another_conversation_has_in_common_is_copied(cache, loaded):
     reply, _ = write(cache, loaded, ids)
     other, known = write(cache, loaded, [*ids[:10], 5, 6])
     assert known == 10
+    assert cache.kept[-1][2] == byte_size(cache.kept[-1][1]) < cache.kept[0][2]
+    assert storage(cache.kept[-1][1]) < storage(cache.kept[0][1])  # the rest is not copied
     assert other == write(PrefixCache(loaded.model, 0), loaded, [*ids[:10], 5, 6])[0]
     _, known = write(cache, loaded, [*ids, *reply, 7])
     assert known == len(ids) + len(reply) - 1
@@ -73,7 +80,7 @@ def test_the_oldest_are_dropped_when_there_is_no_room(loaded):
     cache = PrefixCache(loaded.model, 300_000)
     for number in range(5):
         write(cache, loaded, [number * 50 + place for place in range(40)])
-    assert 0 < sum(byte_size(each) for _, each in cache.kept) <= 300_000
+    assert 0 < sum(byte_size(each) for _, each, _ in cache.kept) <= 300_000
     assert write(cache, loaded, [4 * 50 + place for place in range(40)])[1] == 39
     assert write(cache, loaded, list(range(40)))[1] == 0
 
@@ -88,17 +95,41 @@ def test_a_reply_that_fails_keeps_nothing(cache, loaded):
     assert cache.kept == []
 
 
-def test_a_model_whose_cache_cannot_be_cropped_reads_everything(tmp_path):
+SLIDING = {"sliding_window": 8}
+LONGROPE = {  # keys depend on the length of the prompt that they were computed for
+    "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "factor": 2.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [SLIDING, LONGROPE], ids=["sliding", "longrope"])
+def test_a_model_whose_cache_cannot_be_cropped_reads_everything(tmp_path, kind):
     config = MistralConfig(
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        sliding_window=8,
+        **kind,
     )
     save_random_model(config, tmp_path, context=128)
     assert PrefixCache(load_model(str(tmp_path)).model, 10_000_000).max_bytes == 0
+
+
+def test_a_cache_that_the_model_did_not_use_is_not_kept(cache, loaded):
+    async def reply() -> None:
+        with cache.used_by(new_streamer(loaded.tokenizer, (), [1, 2, 3])):
+            pass
+
+    asyncio.run(reply())
+    assert cache.kept == []
 
 
 def test_a_chat_reads_each_message_once_and_its_replies_stay_the_same(bots, loaded):

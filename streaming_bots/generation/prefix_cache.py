@@ -1,6 +1,6 @@
 """The KV caches of earlier replies, from which the next turn of a conversation continues."""
 
-import copy
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -10,7 +10,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from streaming_bots.generation.engine import Streamer
-from streaming_bots.generation.padding import LENGTH, are_alike, in_a_thread, next_token
+from streaming_bots.generation.padding import (
+    LENGTH,
+    are_alike,
+    batch_context,
+    in_a_thread,
+    next_token,
+)
 from streaming_bots.generation.streamer import ReplyStreamer
 
 REWRITTEN = 8  # tokens at the end of a reply that its next encoding may split in another way
@@ -25,7 +31,8 @@ class PrefixCache:
     def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
         self.model = model
         self.max_bytes = max_bytes if max_bytes and in_a_thread(can_crop, model) else 0
-        self.kept: list[tuple[list[int], DynamicCache]] = []  # token ids and their keys and values
+        # Token ids, their keys and values, and the bytes of these
+        self.kept: list[tuple[list[int], DynamicCache, int]] = []
 
     @contextmanager
     def used_by(self, streamer: Streamer) -> Iterator[None]:
@@ -38,9 +45,13 @@ class PrefixCache:
         streamer.past_key_values = cache
         yield
         known = cache.get_seq_length()  # without the last token, which the model has not read
-        self.kept.append(([*streamer.input_ids, *streamer.decoder.ids][:known], cache))
-        while sum(byte_size(each) for _, each in self.kept) > self.max_bytes:
-            del self.kept[0]
+        if not known:  # the model has used another cache
+            return
+        ids = [*streamer.input_ids, *streamer.decoder.ids][:known]
+        self.kept.append((ids, cache, byte_size(cache)))
+        excess = sum(size for _, _, size in self.kept) - self.max_bytes
+        while excess > 0:
+            excess -= self.kept.pop(0)[2]
 
     def _take(self, input_ids: Sequence[int]) -> tuple[DynamicCache, int]:
         """Return a cache of the longest known beginning of a prompt, and the beginning's length.
@@ -48,19 +59,21 @@ class PrefixCache:
         At least one token is left for the model to read.
         """
         common, index = max(
-            ((common_length(ids, input_ids), index) for index, (ids, _) in enumerate(self.kept)),
+            ((common_length(ids, input_ids), index) for index, (ids, *_) in enumerate(self.kept)),
             default=(0, 0),
         )
         common = min(common, len(input_ids) - 1)
+        new = DynamicCache(config=self.model.config)
         if common == 0:
-            return DynamicCache(config=self.model.config), 0
-        ids, cache = self.kept[index]
+            return new, 0
+        ids, cache, _ = self.kept[index]
         if common >= len(ids) - REWRITTEN:  # it is the same conversation, so far
             del self.kept[index]
-        else:
-            cache = copy.deepcopy(cache)
-        cache.crop(common - len(ids))
-        return cache, common
+            cache.crop(common - len(ids))
+            return cache, common
+        for number, layer in enumerate(cache.layers):  # shape (1, heads, tokens, head size)
+            new.update(layer.keys[..., :common, :], layer.values[..., :common, :], number)
+        return new, common
 
 
 def common_length(some: Sequence[int], others: Sequence[int]) -> int:
@@ -75,8 +88,11 @@ def byte_size(cache: DynamicCache) -> int:
 def can_crop(model: PreTrainedModel) -> bool:
     """Whether replies can continue from a part of the model's cache.
 
-    A sliding window has lost its beginning, and some models keep a state without positions.
+    A sliding window has lost its beginning, and some models keep a state without positions. With
+    "longrope", keys also depend on how long the prompt was that they were computed for.
     """
+    if batch_context(model, sys.maxsize) < sys.maxsize:
+        return False
     prompt = torch.arange(2 * LENGTH, device=model.device)[None]
     mask = torch.ones_like(prompt)
     try:
