@@ -28,7 +28,7 @@ api = create_app("Batchbot")
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
-    """Carries the tokens of a whole batch from the model's thread to the event loop.
+    """Carries the text of a whole batch from the model's thread to the event loop.
 
     The streamers of transformers take one row. Pass this one to `generate` both as `streamer` and
     in `stopping_criteria`: it stops `generate` as soon as one row has ended, so that the bot can
@@ -40,19 +40,19 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # For each step, one list: for each row, the text that it completed, and the end or None.
         # The model's thread puts them; the event loop reads them, and then the end or an error.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # as `generate` was told; some devices do a step more, and drop it
-        self.kept: list[int] = []  # indices of the rows that continue after that
+        self.stopped = False  # a GPU computes one more step, which `__call__` and `generate` drop
+        self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
-    # Called by `generate` in the model's thread: `__call__`, then `put`, after each step, and `end`
-    # when it has stopped (transformers 5.23)
+    # Called by `generate` in the model's thread: in each step `__call__`, then `put`, and at last
+    # `end`. `put` relies on this order, that of transformers 5.23.
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Give each row its token, which it decodes, and say whether to stop, shape (rows,)."""
+        """Give each row its new token to decode, and say whether to stop: shape (rows,)."""
         if not self.stopped:
             for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-                row.add(token)  # sets row.end: at an end token, its limit, a stop string, an error
-            running = [] if self.cancelled else self.rows
+                row.add(token)  # sets row.end: end token, limit, stop string, error, or cancelled
+            running = [] if self.cancelled else self.rows  # if cancelled, keep none
             self.kept = [index for index, row in enumerate(running) if not row.end]
             self.stopped = len(self.kept) < len(self.rows)
         return torch.full((len(self.rows),), self.stopped, device=input_ids.device)
@@ -60,7 +60,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     def put(self, value: torch.Tensor) -> None:
         """Hand over each row's new text and end, on a step's tokens, of shape (rows,)."""
         if value.dim() == 1:  # not on the prompts, which come first
-            self.steps.min_interval = min_interval(len(self.rows))  # several steps per chunk
+            self.steps.min_interval = min_interval(len(self.rows))  # fewer, longer chunks
             self.steps.put([(row, row.take_text(), row.end) for row in self.rows])
 
     def end(self) -> None:
@@ -68,12 +68,12 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         if not self.kept:
             self.steps.end()
 
-    # Called by ModelThread. If it is `done`, generate_text is not called, but `end` at once. What
-    # generate_text raises is passed to `fail`. If the model hangs: `fail`, then `cancel`.
+    # Called by ModelThread: `end`, in place of generate_text, if the streamer is `done` before its
+    # turn; `fail` with what generate_text raises; `fail` and then `cancel` if the model hangs.
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads it any more."""
+        """Whether nobody reads any of its rows (also if it has none)."""
         return self.cancelled or all(row.cancelled for row in self.rows)
 
     def fail(self, error: Exception) -> None:
@@ -96,13 +96,13 @@ class Batchbot(Bot):
         # Shorter prompts are padded on the left, since replies are appended on the right.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
-        self.limit_context(padding.batch_context(self.model, self.context))  # see there: longrope
+        self.limit_context(padding.batch_context(self.model, self.context))  # with longrope
         padding.check_padding(self.model)  # raises if padding would change the model's replies
         self.cuts_cache = padding.can_cut_cache(self.model)  # to continue without some rows
         # A single thread calls generate_text for one batch after another.
         self.engine = ModelThread(self.model, self.generate_text, self.settings)
-        # Serve would split the requests that arrive during a batch into many small ones. So they
-        # wait for this event, and are batched together.
+        # Serve would collect the requests that arrive during a batch into many small batches. So
+        # they wait for this event, and then form one.
         self.model_is_free = asyncio.Event()
         self.model_is_free.set()
 
@@ -114,14 +114,14 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. A failure before its first text is a 500; a later one cuts the body."""
+        """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # closes it in the end, or when the client leaves
+        return await TextStream.start(reply)  # waits for text; a disconnect closes it, even now
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
-        """Return the reply to a conversation, which joins a batch as soon as it is read."""
-        input_ids = await self.encode(messages, options)  # in a worker thread; a 413 if too long
+        """Return the reply to a conversation. It queues for a batch when it is first read."""
+        input_ids = await self.encode(messages, options)  # a 413 if it leaves no room for the reply
         row = Row(self.tokenizer, input_ids, options, self.end_tokens, self.model.device)
         return Reply(row, self.stream_row(row))
 
@@ -143,7 +143,7 @@ class Batchbot(Bot):
 
     @serve.batch()  # reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
-        """Run a batch: Serve collects the rows, and gives each caller the items at its index."""
+        """Run a batch. Serve gives each caller the items at its index, until it has ended."""
         self.model_is_free.clear()
         self.metrics.waiting.discard(*rows)
         self.metrics.running.add(*rows)
@@ -160,7 +160,7 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model, in the engine's thread; when a row ends, continue without it."""
+        """Run the model in the engine's thread; each row's sampler draws that row's tokens."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
@@ -175,7 +175,7 @@ class Batchbot(Bot):
             )
             if not streamer.kept:
                 return
-            # Their tokens so far, mask and KV cache; padding stays, as it counts for nothing.
+            # Continue with the other rows: tokens, mask (it hides the padding), KV cache if cut
             inputs = padding.keep_rows(inputs, output, streamer.kept, self.cuts_cache)
             streamer.rows = [streamer.rows[index] for index in streamer.kept]
             streamer.stopped = False
@@ -183,8 +183,8 @@ class Batchbot(Bot):
     async def consume_streamer(
         self, rows: list[Row], streamer: RawStreamer
     ) -> AsyncGenerator[list[Item]]:
-        """Yield lists of one item per row; each row's last is StopIteration, or its error."""
-        async for steps in streamer.steps:
+        """Yield lists of one item per row: text, and in a list of its own the row's end."""
+        async for steps in streamer.steps:  # all since the last list
             texts, ends = dict.fromkeys(rows, ""), dict[Row, Item]()
             for row, text, end in chain.from_iterable(steps):
                 texts[row] += text
@@ -195,8 +195,8 @@ class Batchbot(Bot):
 
 
 def build(settings: BatchbotSettings) -> serve.Application:
-    """`serve run batchbot:build model=./my-model max_batch_size=16`."""
+    """With other settings: `serve run batchbot:build model=./my-model max_batch_size=16`."""
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is offline

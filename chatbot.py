@@ -1,4 +1,4 @@
-"""A chat over a WebSocket, remembered until it closes. Run it with `serve run chatbot:app`."""
+"""A chat over a WebSocket, remembered while it is open. Run it with `serve run chatbot:app`."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -26,17 +26,17 @@ add_chat_page(api)  # at GET /
 @serve.deployment(**CHAT_OPTIONS)
 @serve.ingress(api)
 class Chatbot(Bot):
-    """Keeps one conversation per connection, and answers the prompts of all in turn.
+    """Keeps one conversation per connection. All connections share the model.
 
     A text message is a prompt. Its reply arrives as text messages; a separate `<>` then ends it.
-    With the subprotocol chat.v1, clients speak JSON: set options, stop replies, learn their place.
+    With the subprotocol chat.v1, clients speak JSON: they set options, stop replies, see the queue.
     """
 
     settings: ChatbotSettings
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ChatbotSettings(model=model, **settings))
-        self.places = asyncio.Semaphore(MAX_CHATS)
+        self.free_places = asyncio.Semaphore(MAX_CHATS)
         # Either engine has one thread; its errors are raised where the streamer is read.
         if self.settings.max_batch_size is None:  # one reply at a time, in submission order
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
@@ -49,11 +49,11 @@ class Chatbot(Bot):
         """Accept a client, and reply to its prompts until it disconnects."""
         connection = ChatConnection(ws, self, options, self.settings.end_of_response)
         await ws.accept(subprotocol=connection.protocol.subprotocol)
-        if self.places.locked():
+        if self.free_places.locked():
             return await connection.refuse("too many chats are open")  # 1013, try again later
         # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
-        # `converse`, even in mid-reply. `open` takes their ExceptionGroup, and closes the socket.
-        async with self.places, connection.open(), asyncio.TaskGroup() as tasks:
+        # `converse`, even in mid-reply. `open` ignores that. On other errors it closes the socket.
+        async with self.free_places, connection.open(), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.receive(ws, connection))
             await self.converse(connection)
 
@@ -63,19 +63,19 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues up to 100 prompts, then closes; heeds a stop
+            await connection.take(message)  # queues a prompt; raises if too many wait; or stops all
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
         async for prompt in connection:
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
-            # On exit, cancels `prompt.reply` if it has not ended, even one that was never read, and
-            # sends the end or the error; an error closes the socket of a client without JSON.
+            # On exit, cancels prompt.reply if it has not ended, and sends the end or the error.
+            # After an error, a chat in JSON continues; the socket of a plain one closes.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # tells the client how many are ahead
+                await connection.wait_for_turn(prompt)  # says how many are ahead; heeds early stops
                 response = ""
-                async for text in reply:  # after a stop, simply ends
+                async for text in reply:  # a stop cancels its streamer, which ends this loop
                     response += text
                     await connection.send_text(text)
                 if response or not prompt.stopped:  # forget a prompt stopped before any text
@@ -83,37 +83,37 @@ class Chatbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # deletes the oldest of the list to fit
+        input_ids = await self.encode(messages, options)  # drops the oldest from `messages`
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model, in the engine's thread; it hands the streamer every token."""
+        """Run the model in the engine's thread. Each request's sampler draws its tokens."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # what it has read before
-            max_new_tokens=streamer.options.max_new_tokens,
+            past_key_values=streamer.past_key_values,  # ModelThread keeps earlier prompts' keys
+            max_new_tokens=streamer.options.max_new_tokens,  # an end token ends it sooner
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # sends whole characters to the event loop, call_soon_threadsafe
-            stopping_criteria=[streamer],  # asked after each token: true after engine.cancel
+            streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
+            stopping_criteria=[streamer],  # true at a stop string, or after engine.cancel
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         """Yield the reply's text as it arrives; if closed early, stop the model."""
         try:
             async for text in streamer:
-                yield text  # the streamer buffers the rest of the reply for a slow client
+                yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
+            self.engine.cancel(streamer)  # or dequeues it; has no effect after its end
             self.metrics.record_reply(streamer)
 
 
 def build(settings: ChatbotSettings) -> serve.Application:
-    """`serve run chatbot:build model=./my-model max_batch_size=32`."""
+    """With other settings: `serve run chatbot:build model=./my-model max_batch_size=32`."""
     return settings.bind(Chatbot)
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is offline

@@ -26,46 +26,46 @@ class Continuousbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
-        # The ContinuousBatchingManager of transformers runs the model in its own thread. Each step
-        # computes all requests of the batch; between steps, requests leave, or join if room is left
-        # in it and in the KV cache. A failed step fails all streamers; Serve replaces the replica.
+        # The ContinuousBatchingManager of transformers runs the model in its own thread. A step
+        # writes a token of each request; then requests leave, and others join if the KV cache has
+        # room (when it is full, some pause). A failed step fails all; Serve replaces the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
-        self.limit_context(self.engine.context, self.engine.context_reason)  # to the cache's size
+        self.limit_context(self.engine.context, self.engine.context_reason)  # by the KV cache
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. A failure before its first text is a 500; a later one cuts the body."""
+        """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # closes it in the end, or when the client leaves
+        return await TextStream.start(reply)  # waits for text; a disconnect closes it, even now
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # in a worker thread; a 413 if too long
+        input_ids = await self.encode(messages, options)  # a 413 if it leaves no room for the reply
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.generate_text(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows how it ended
+        return Reply(streamer, self.consume_streamer(streamer))  # which records why it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Queue a request with the manager; a logits processor gives each row its own sampler.
+        """Queue a request with the manager, and return at once.
 
-        The manager calls back on the event loop with each token, for the streamer to decode, until
-        it has seen an end token or the request's limit.
+        The manager ends it at an end token or its own `max_new_tokens`. For each token, it calls
+        the streamer on the event loop. A logits processor samples each row by its own options.
         """
         self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if closed early, leave the batch."""
+        """Yield the reply's text as it arrives; if closed early, take it out of the batch."""
         try:
             async for text in streamer:
-                yield text  # the streamer buffers the rest of the reply for a slow client
+                yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # also dequeues it; does nothing after the end
+            self.engine.cancel(streamer)  # or dequeues it; has no effect after its end
             self.metrics.record_reply(streamer)
 
 
 def build(settings: ContinuousbotSettings) -> serve.Application:
-    """`serve run continuousbot:build model=./my-model max_batch_size=64`."""
+    """With other settings: `serve run continuousbot:build model=./my-model max_batch_size=64`."""
     return settings.bind(Continuousbot)
 
 

@@ -142,7 +142,7 @@ class SteppedChatbot(SteppedSingleReplyBot, Chatbot.func_or_class):
     async def __init__(self, *arguments: Any, **options: Any) -> None:
         drain.LOOK_EVERY_S, drain.SILENCE_S = 0.5, 3 * HEALTH_CHECK_PERIOD_S
         await super().__init__(*arguments, **options)
-        self.places = asyncio.Semaphore(MAX_CHATS)
+        self.free_places = asyncio.Semaphore(MAX_CHATS)
 
 
 class SteppedContinuousbot(SteppedSingleReplyBot, Continuousbot.func_or_class):
