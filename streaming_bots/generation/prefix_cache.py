@@ -91,11 +91,11 @@ def can_crop(model: PreTrainedModel) -> bool:
     A sliding window has lost its beginning, and some models keep a state without positions. With
     "longrope", keys also depend on how long the prompt was that they were computed for.
     """
-    if batch_context(model, sys.maxsize) < sys.maxsize:
-        return False
     prompt = torch.arange(2 * LENGTH, device=model.device)[None]
     mask = torch.ones_like(prompt)
     try:
+        if batch_context(model, sys.maxsize) < sys.maxsize:
+            return False
         whole = next_token(model, prompt, mask)
         cache = whole.past_key_values
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
