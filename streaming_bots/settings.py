@@ -91,8 +91,10 @@ class BotSettings(AccessSettings):
         "the model's context leaves to the reply, 8192 at most: a prompt is read as a whole, and "
         "one of 100,000 tokens can take a core many minutes, and its memory.",
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        default="float32", description="Number format of the weights; auto is the model's own."
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "auto"] = Field(
+        default="float32",
+        description="Number format of the weights; auto is the model's own. int8 is for a CPU: "
+        "quicker, in a third of the memory, and a little less exact.",
     )
     prefix_cache_mb: int = Field(
         default=512,
@@ -126,6 +128,12 @@ class BotSettings(AccessSettings):
     num_replicas: PositiveInt | Literal["auto"] = Field(
         default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
     )
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> "BotSettings":
+        if self.dtype == "int8" and self.num_gpus:
+            raise ValueError("dtype=int8 is for a CPU: on a GPU, say dtype=bfloat16")
+        return self
 
     def bind(self, bot: Deployment) -> Application:
         """Return the application of a bot. Raises the errors of `constructor_arguments`."""

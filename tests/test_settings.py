@@ -204,7 +204,7 @@ def test_a_system_prompt_that_the_chat_template_does_not_know_is_refused(model):
     [
         {"max_new_tokens": "0"},
         {"max_new_tokens": "many"},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"num_cpus": "-1"},
         {"num_replicas": "0"},
         {"end_of_response": "x"},

@@ -104,4 +104,4 @@ def can_crop(model: PreTrainedModel) -> bool:
         continued = next_token(model, prompt, mask, past_key_values=cache)
     except Exception:
         return False
-    return are_alike(continued.logits[0], whole.logits[0], model.dtype)
+    return are_alike(continued.logits[0], whole.logits[0], model)

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from streaming_bots.models.int8 import SAMPLE, to_int8
 from streaming_bots.models.loading_progress import report_progress
 from streaming_bots.models.source import ModelError, Source, resolve
 
@@ -49,12 +50,21 @@ def load_model(
         source = resolve(name)
         with report_progress(source):
             config, tokenizer = read(source)
+            context = context_length(config, tokenizer)
             try:
                 model = AutoModelForCausalLM.from_pretrained(
-                    source.place, config=config, dtype=dtype, **source.options
+                    source.place,
+                    config=config,
+                    dtype="bfloat16" if dtype == "int8" else dtype,
+                    **source.options,
                 )
             except Exception as error:
                 raise source.problem("the weights cannot be loaded", error) from error
+            if dtype == "int8":
+                try:
+                    to_int8(model, tokenizer(SAMPLE)["input_ids"][:context])
+                except Exception as error:
+                    raise source.problem("it cannot compute with int8 weights", error) from error
     except ModelError as error:
         if fallback is None:
             raise
@@ -62,7 +72,7 @@ def load_model(
         return load_model(fallback, dtype, device=device)
     model.to(device)
     model.generation_config = greedy_config(model, tokenizer)
-    return LoadedModel(source.served_name, model, tokenizer, context_length(config, tokenizer))
+    return LoadedModel(source.served_name, model, tokenizer, context)
 
 
 def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:

@@ -1,0 +1,118 @@
+"""Weights of eight bits, for `dtype=int8` on a CPU: less memory, and quicker to read."""
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+LAYERS = (nn.Linear, Conv1D)
+TINY = torch.finfo(torch.float32).tiny
+
+# A text that shows which inputs of a layer are much larger than its others, whatever is read
+SAMPLE = """The lighthouse keeper's daughter asked: "How many ships passed in 1987?" He shrugged.
+
+- Yes, 42 of them, at least!
+- def count(ships): return len(ships) + 1  # and why not?"""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer that multiplies integers of eight bits; it takes and gives float32.
+
+    Each output has a scale for its weights, and each token one for its inputs, whatever other
+    tokens are beside it. An input that is often much larger than the others would leave them few
+    levels. So it is divided by a number by which its weights are multiplied (SmoothQuant, Xiao et
+    al., 2022). `weight` has the shape (outputs, inputs), `largest` has the largest magnitudes of
+    the inputs in SAMPLE, and `levels` is the largest integer for an input.
+    """
+
+    divided: torch.Tensor
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, largest: torch.Tensor, levels: int
+    ) -> None:
+        super().__init__()
+        factors = (largest / largest.mean().clamp(min=TINY)).clamp(min=1).sqrt()
+        weight = weight.float() * factors
+        scales = weight.abs().amax(1).clamp(min=TINY) / 127
+        zeros = torch.zeros_like(scales, dtype=torch.long)
+        with warnings.catch_warnings():  # torch 2.13 has nothing as quick in place of its qint8
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+            packed = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(packed, None)
+        self.register_buffer("divided", 1 / factors, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.scale, self.zero_point = 1 / levels, levels + 1
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden * self.divided
+        largest = hidden.abs().amax(-1, keepdim=True)  # zeros give NaN, any integer, and zero again
+        output = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            hidden / largest, self.scale, self.zero_point, self.packed
+        ).mul_(largest)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
+    """Give a model int8 weights in place of those of its linear layers and GPT-2's Conv1D.
+
+    `sample` is SAMPLE as token ids. Between these layers, the model computes in float32. Its
+    embeddings keep their dtype. Raises an error if this processor, or the model, cannot do so.
+    """
+    # A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
+    # for the cores with those of the model's thread.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_to_int8, model, sample).result()
+
+
+@torch.inference_mode()
+def _to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
+    levels = input_levels()
+    input_ids = torch.tensor([sample])
+    largest = largest_inputs(model, input_ids)
+    for name in [name for name, module in model.named_modules() if type(module) in LAYERS]:
+        layer: Any = model.get_submodule(name)
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        inputs = largest.get(layer, torch.ones(weight.shape[1]))
+        model.set_submodule(name, Int8Linear(weight, layer.bias, inputs, levels))
+    embeddings: list[Any] = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+    weights = [each._parameters.pop("weight").detach() for each in embeddings]
+    nn.Module.float(model)  # that of transformers refuses weights from GGUF
+    for embedding, weight in zip(embeddings, weights, strict=True):
+        embedding.register_buffer("weight", weight, persistent=False)  # not in `model.dtype`
+        embedding.register_forward_hook(lambda module, inputs, output: output.float())
+    model(input_ids)
+
+
+def largest_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[nn.Module, Any]:
+    """Return the largest magnitude of each input of the layers that read a text: float32."""
+    largest: dict[nn.Module, Any] = {}
+
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        largest[layer] = inputs[0].flatten(end_dim=-2).abs().amax(0).float()
+
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for module in model.modules()
+        if type(module) in LAYERS
+    ]
+    model(input_ids)
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
+def input_levels() -> int:
+    """Return 127, or 63 on processors without VNNI, which add two products in 16 bits.
+
+    Raises an error on a platform for which torch has no such operator.
+    """
+    numbers = torch.ones(1, 256)
+    for levels in (127, 63):
+        if Int8Linear(numbers, None, numbers[0], levels)(numbers).item() > 255:
+            return levels
+    raise RuntimeError("this processor multiplies int8 wrongly")
