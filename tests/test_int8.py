@@ -9,7 +9,7 @@ from bot_fixtures import reference
 from callers import ChatCaller, HttpCaller
 from scripted_model import save_random_model
 from torch import nn
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from batchbot import Batchbot
 from chatbot import Chatbot
@@ -88,6 +88,9 @@ def test_a_processor_whose_sums_overflow_gets_smaller_inputs(monkeypatch):
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_the_weights_take_less_than_half(config: PreTrainedConfig, tmp_path):
     save_random_model(config, tmp_path, context=512)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.resize_token_embeddings(8192)  # so that embeddings weigh as in real models
+    model.save_pretrained(tmp_path)
     whole, small = (load_model(str(tmp_path), dtype).model for dtype in ("float32", "int8"))
     assert small.dtype == torch.float32
     assert byte_size(small) < 0.45 * byte_size(whole)
