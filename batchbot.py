@@ -40,7 +40,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # For each step, one list: for each row, the text that it completed, and the end or None.
         # The model's thread puts them; the event loop reads them, and then the end or an error.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # a GPU computes one more step, which `__call__` and `generate` drop
+        self.stopped = False  # whether `generate` was told to; a GPU's one step more is dropped
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
@@ -117,7 +117,7 @@ class Batchbot(Bot):
         """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for text; a disconnect closes it, even now
+        return await TextStream.start(reply)  # reads it at once; a disconnect closes it
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation. It queues for a batch when it is first read."""
@@ -160,7 +160,7 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model in the engine's thread; each row's sampler draws that row's tokens."""
+        """Run the model in the engine's thread. Each row's sampler draws, and masks the others."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
@@ -175,7 +175,7 @@ class Batchbot(Bot):
             )
             if not streamer.kept:
                 return
-            # Continue with the other rows: tokens, mask (it hides the padding), KV cache if cut
+            # Continue with the other rows: their tokens, mask and, if it can be cut, KV cache.
             inputs = padding.keep_rows(inputs, output, streamer.kept, self.cuts_cache)
             streamer.rows = [streamer.rows[index] for index in streamer.kept]
             streamer.stopped = False
@@ -199,4 +199,4 @@ def build(settings: BatchbotSettings) -> serve.Application:
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is offline
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is unreachable

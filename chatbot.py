@@ -63,7 +63,7 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues a prompt; raises if too many wait; or stops all
+            await connection.take(message)  # queues a prompt, or stops all of them; or raises
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
@@ -73,7 +73,7 @@ class Chatbot(Bot):
             # After an error, a chat in JSON continues; the socket of a plain one closes.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # says how many are ahead; heeds early stops
+                await connection.wait_for_turn(prompt)  # tells its place; returns if stopped
                 response = ""
                 async for text in reply:  # a stop cancels its streamer, which ends this loop
                     response += text
@@ -89,7 +89,7 @@ class Chatbot(Bot):
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. Each request's sampler draws its tokens."""
+        """Run the model in the engine's thread. A sampler draws each token, and masks the others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
@@ -107,7 +107,7 @@ class Chatbot(Bot):
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # or dequeues it; has no effect after its end
+            self.engine.cancel(streamer)  # stops or dequeues it; no effect after its end
             self.metrics.record_reply(streamer)
 
 
@@ -116,4 +116,4 @@ def build(settings: ChatbotSettings) -> serve.Application:
     return settings.bind(Chatbot)
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is offline
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is unreachable

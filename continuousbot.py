@@ -27,8 +27,8 @@ class Continuousbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
         # The ContinuousBatchingManager of transformers runs the model in its own thread. A step
-        # writes a token of each request; then requests leave, and others join if the KV cache has
-        # room (when it is full, some pause). A failed step fails all; Serve replaces the replica.
+        # writes a token of each request. Between steps, requests leave, and up to max_batch_size
+        # join as the KV cache has room. A failed step fails all, and Serve replaces the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # by the KV cache
 
@@ -37,20 +37,20 @@ class Continuousbot(Bot):
         """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for text; a disconnect closes it, even now
+        return await TextStream.start(reply)  # reads it at once; a disconnect closes it
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)  # a 413 if it leaves no room for the reply
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.generate_text(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # which records why it ended
+        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows its end
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
         """Queue a request with the manager, and return at once.
 
         The manager ends it at an end token or its own `max_new_tokens`. For each token, it calls
-        the streamer on the event loop. A logits processor samples each row by its own options.
+        the streamer on the event loop. A logits processor draws it by the request's options.
         """
         self.engine.submit(streamer)
 
@@ -60,7 +60,7 @@ class Continuousbot(Bot):
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # or dequeues it; has no effect after its end
+            self.engine.cancel(streamer)  # stops or dequeues it; no effect after its end
             self.metrics.record_reply(streamer)
 
 

@@ -35,17 +35,17 @@ class Textbot(Bot):
         """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for text; a disconnect closes it, even now
+        return await TextStream.start(reply)  # reads it at once; a disconnect closes it
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)  # a 413 if it leaves no room for the reply
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # which records why it ended
+        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows its end
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. Each request's sampler draws its tokens."""
+        """Run the model in the engine's thread. A sampler draws each token, and masks the others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
@@ -63,7 +63,7 @@ class Textbot(Bot):
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # or dequeues it; has no effect after its end
+            self.engine.cancel(streamer)  # stops or dequeues it; no effect after its end
             self.metrics.record_reply(streamer)
 
 
@@ -72,4 +72,4 @@ def build(settings: BotSettings) -> serve.Application:
     return settings.bind(Textbot)
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is offline
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is unreachable
