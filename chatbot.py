@@ -89,7 +89,7 @@ class Chatbot(Bot):
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. A sampler draws each token, and masks the others."""
+        """Run the model in the engine's thread. A sampler draws each token, masking the others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,

@@ -45,7 +45,7 @@ class Textbot(Bot):
         return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows its end
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. A sampler draws each token, and masks the others."""
+        """Run the model in the engine's thread. A sampler draws each token, masking the others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
