@@ -23,7 +23,7 @@ from bot_fixtures import HANG_S, REPOSITORY, Bot, reference, wait_until
 from callers import ChatCaller, HttpCaller
 from products import cases
 from ray.serve.schema import ServeDeploySchema
-from readme import commands, section
+from readme import commands
 from serve_command import ENVIRONMENT, add_libraries, serve_run
 
 DEPLOY = REPOSITORY / "deploy"
@@ -38,7 +38,10 @@ PODS = {
 CONTAINERS = {name: pod["spec"]["containers"][0] for name, pod in PODS.items()}
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-RUN, START, DEPLOY_IT, SHUT_DOWN, *KUBERNETES = (each.line for each in commands(section("Deploy")))
+GUIDE = (DEPLOY / "README.md").read_text()
+RUN, START, DEPLOY_IT, SHUT_DOWN, *KUBERNETES = (
+    each.line for each in commands(GUIDE.split("\n## ")[1])
+)
 BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
 STARTED_S = 180  # only bounds a hang
 
