@@ -41,31 +41,35 @@ def section(title: str) -> str:
     ]
 
 
+def check_output(command: Command, folder: Path) -> None:
+    """Run a command that asks a bot, and check that it prints what is shown."""
+    # It finds this test's python, as it would in an active environment.
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    if command.line.startswith("curl") and not shutil.which("curl"):
+        printed = requests.post(command.line.split("'")[1]).text
+    else:
+        printed = subprocess.run(
+            command.line,
+            shell=True,
+            cwd=folder,
+            env=ENVIRONMENT | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=HANG_S,
+        ).stdout
+    if "load_client" in command.line:
+        assert printed.count("finished") == 4
+    else:
+        assert printed.rstrip("\n") == command.output, command.line
+
+
 def check_transcripts(name: str, folder: Path) -> None:
     """Run the README's commands for a bot, except `serve run`: the bot runs already."""
     shown = [command for title in TRANSCRIPTS[name] for command in commands(section(title))]
     assert shown[0].line.endswith(f"serve run {name}:app")
-    # The commands find this test's python and serve, as they would in an active environment.
-    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
     for command in shown:
-        if "serve run" in command.line:
-            continue
-        if command.line.startswith("curl") and not shutil.which("curl"):
-            printed = requests.post(command.line.split("'")[1]).text
-        else:
-            printed = subprocess.run(
-                command.line,
-                shell=True,
-                cwd=folder,
-                env=ENVIRONMENT | {"PATH": path},
-                capture_output=True,
-                text=True,
-                timeout=HANG_S,
-            ).stdout
-        if "load_client" in command.line:
-            assert printed.count("finished") == 4
-        else:
-            assert printed.rstrip("\n") == command.output, command.line
+        if "serve run" not in command.line:
+            check_output(command, folder)
     assert requests.get("http://localhost:8000/").headers["X-Model"] == "tiny-dialog"
 
 

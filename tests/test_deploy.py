@@ -333,25 +333,3 @@ ray.shutdown()
         check=True,
     ).stdout
     assert reference(loaded, ["Hello!"], 256) in printed.splitlines()  # among Ray's logs
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("fresh", cases([False, True], chosen=lambda fresh: not fresh))
-def test_a_wheel_has_all_that_the_bots_need(tmp_path, loaded, fresh):
-    """Bots run in an empty folder. Unless `fresh`, the environment has this one's packages."""
-    environment, wheels, empty = (tmp_path / name for name in ("venv", "wheels", "empty"))
-    empty.mkdir()
-    source = shutil.copytree(REPOSITORY, tmp_path / "source", ignore=shutil.ignore_patterns(".*"))
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, source], check=True)
-    venv.create(environment, with_pip=True)
-    python = environment / "bin" / "python"
-    if not fresh:
-        add_libraries(environment)
-    dependencies = [] if fresh else ["--no-deps"]
-    subprocess.run([python, "-m", "pip", "install", *dependencies, *wheels.iterdir()], check=True)
-    with serve_run(empty, "textbot:app", python=python):
-        reply = requests.post("http://127.0.0.1:8000/?prompt=Hello!", timeout=HANG_S)
-        assert reply.text == reference(loaded, ["Hello!"], 256)
-    with serve_run(empty, "chatbot:app", python=python):
-        assert "<textarea" in requests.get("http://127.0.0.1:8000/", timeout=HANG_S).text

@@ -89,7 +89,8 @@ def test_the_file_tree_matches_the_repository():
             folder = name
         assert (REPOSITORY / path).exists(), path
         paths.add(path.rstrip("/"))
-    named_by_itself = {"README.md", "CHANGELOG.md", "LICENSE", "__init__.py", ".gitignore"}
+    named_by_itself = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "__init__.py"}
+    named_by_itself |= {".gitignore", ".github/workflows/ci.yml"}
     leaves = {path for path in paths if not any(other.startswith(path + "/") for other in paths)}
     list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.check_output(list_files, cwd=REPOSITORY, text=True).splitlines()
@@ -102,8 +103,5 @@ def test_the_file_tree_matches_the_repository():
 def test_the_continuous_integration_runs_the_readmes_commands():
     (test,) = commands(section("Develop"))
     assert test.line.endswith("pip install -e '.[test]' && pytest")
-    tiers = re.findall(r"^\| `(pytest.*?)` ", section("Develop"), re.MULTILINE)
     ci = (REPOSITORY / ".ci" / "run").read_text()
     assert "pip install -e '.\\[test\\]'" in ci
-    parts = re.findall(r'^part ".*" (pytest.*)$', ci, re.MULTILINE)
-    assert parts == tiers[:3] == ["pytest", "pytest -m haproxy", "pytest -m cluster"]

@@ -1,0 +1,93 @@
+"""docs/copy.md: its steps make a service of a copied bot in an empty folder, with the wheel."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+from bot_fixtures import HANG_S, REPOSITORY, reference
+from products import cases
+from readme import Command, check_output, commands
+from serve_command import ENVIRONMENT, add_libraries, serve_run
+
+pytestmark = pytest.mark.cluster
+GUIDE = (REPOSITORY / "docs" / "copy.md").read_text()
+COMMANDS = [command for command in commands(GUIDE) if not command.line.startswith("serve run ")]
+RUNS = [command.line for command in commands(GUIDE) if command.line.startswith("serve run ")]
+PREPARE, (ASK, ASK_CHANGED, ASK_WRONG), TEST = COMMANDS[:7], COMMANDS[7:10], COMMANDS[10:]
+INSTALL = PREPARE[-1]
+
+
+def run(shown: list[Command], folder: Path, path: Path, **variables: str) -> str:
+    """Run commands in one shell, in which they find the programs in `path` first."""
+    ran = subprocess.run(
+        ["bash", "-c", "set -e\n" + "\n".join(command.line for command in shown)],
+        cwd=folder,
+        env=ENVIRONMENT | {"PATH": f"{path}:{ENVIRONMENT['PATH']}"} | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
+
+
+@pytest.fixture(scope="module", params=cases([False, True], chosen=lambda fresh: not fresh))
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the first section makes.
+
+    Its environment has the packages of this one, unless the parameter says that it is `fresh`.
+    """
+    fresh = request.param
+    folder = tmp_path_factory.mktemp("copy")
+    ignored = shutil.ignore_patterns(".*", "build")
+    source = shutil.copytree(REPOSITORY, folder / "source", ignore=ignored)
+    assert INSTALL.line.startswith("pip install ")
+    run(PREPARE, source, Path(sys.executable).parent, PIP_NO_DEPS=str(int(not fresh)))
+    made = folder / "helpdesk"
+    if not fresh:
+        add_libraries(made / ".venv")
+    return made
+
+
+def start(service: Path, line: str):
+    """Start the bot that a `serve run` command names."""
+    arguments = shlex.split(line.removeprefix("serve run "))
+    return serve_run(service, *arguments, python=service / ".venv" / "bin" / "python")
+
+
+def test_the_wheel_has_all_that_the_bots_need(service, tmp_path, loaded):
+    with start(service, "serve run textbot:app"):
+        reply = requests.post("http://127.0.0.1:8000/?prompt=Hello!", timeout=HANG_S)
+        assert reply.text == reference(loaded, ["Hello!"], 256)
+    with start(service, "serve run chatbot:app"):
+        assert "<textarea" in requests.get("http://127.0.0.1:8000/", timeout=HANG_S).text
+
+
+def changed(code: str) -> str:
+    """Return the code after all changes that the guide shows."""
+    for block in re.findall(r"```diff\n(.*?)```", GUIDE, re.DOTALL):
+        lines = block.splitlines(keepends=True)
+        before, after = (
+            "".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")
+        )
+        assert code.count(before) == 1, before
+        code = code.replace(before, after)
+    return code
+
+
+def test_the_copied_bot_runs_and_can_be_changed_as_the_guide_shows(service):
+    first, second = RUNS
+    with start(service, first):
+        check_output(ASK, service)
+    bot = service / "helpbot.py"
+    bot.write_text(changed(bot.read_text()))
+    with start(service, second):
+        check_output(ASK_CHANGED, service)
+        check_output(ASK_WRONG, service)
+    (test,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    (service / "test_helpbot.py").write_text(test)
+    assert "1 passed" in run(TEST, service, service / ".venv" / "bin")
