@@ -1,5 +1,6 @@
 """`serve run`, as people type it: what it starts, what arguments change, what mistakes cause."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import requests
-from bot_fixtures import HANG_S, reference
+from bot_fixtures import HANG_S, REPOSITORY, reference
 from products import cases
 from readme import check_log, check_transcripts
 from requests.adapters import HTTPAdapter
@@ -62,6 +63,26 @@ def test_a_client_that_is_early_says_so_and_waits(textbot, loaded):
 def test_the_readme_shows_what_serve_run_and_the_clients_print(textbot, checkout):
     check_transcripts("textbot", checkout)
     check_log(textbot.printed)
+
+
+def test_serve_status_needs_the_token_as_the_troubles_say(textbot, checkout):
+    """The first command here gives the quoted error, and the one that is shown does not."""
+    quoted, shown = re.search(
+        r"### serve status asks for a token\n+```log\n(.*?)\n```.*?```console\n\$ (.*?)\n```",
+        (REPOSITORY / "docs" / "troubleshooting.md").read_text(),
+        re.DOTALL,
+    ).groups()
+
+    def status(command: str) -> subprocess.CompletedProcess[str]:
+        environment = ENVIRONMENT | {"PATH": f"{SERVE.parent}:{ENVIRONMENT['PATH']}"}
+        return subprocess.run(
+            command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True
+        )
+
+    refused, allowed = status("serve status"), status(shown)
+    assert (refused.returncode, allowed.returncode) == (1, 0)
+    assert quoted in refused.stderr
+    assert "status: RUNNING" in allowed.stdout
 
 
 @pytest.mark.exhaustive
