@@ -16,6 +16,7 @@ import ray
 import requests
 import torch
 from gates import Gate, Gates, RemoteGate
+from huggingface_hub import constants
 from local_serve import LocalServe
 from ray import serve
 from ray.serve import Application
@@ -143,6 +144,15 @@ def bots(local_serve: LocalServe, emoji_model: Path, key_file: Path) -> Bots:
 def run_other(bots: Bots) -> Callable[[Application], Bot]:
     """Runs one more application beside the bots, without a gate."""
     return partial(bots.run, name="other", gate=None)
+
+
+@pytest.fixture
+def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
+    """A local Serve where the commands in the documents find a bot, without a hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    local = LocalServe(8000)
+    yield local
+    local.stop()
 
 
 # On a real Serve

@@ -67,10 +67,15 @@ def check_transcripts(name: str, folder: Path) -> None:
     """Run the README's commands for a bot, except `serve run`: the bot runs already."""
     shown = [command for title in TRANSCRIPTS[name] for command in commands(section(title))]
     assert shown[0].line.endswith(f"serve run {name}:app")
+    check_commands(shown, folder)
+    assert requests.get("http://localhost:8000/").headers["X-Model"] == "tiny-dialog"
+
+
+def check_commands(shown: list[Command], folder: Path) -> None:
+    """Run commands, except `serve run`, and check that they print what is shown."""
     for command in shown:
         if "serve run" not in command.line:
             check_output(command, folder)
-    assert requests.get("http://localhost:8000/").headers["X-Model"] == "tiny-dialog"
 
 
 def check_log(printed: list[str]) -> None:

@@ -19,6 +19,7 @@ from ray.serve import Application
 from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
+from docs.smallest_bot import SmallestBot
 from streaming_bots.generation.engine import Streamer
 from streaming_bots.generation.row import Row
 from streaming_bots.generation.streamer import ReplyStreamer
@@ -159,6 +160,17 @@ class SteppedBatchbot(SteppedBot, Batchbot.func_or_class):
                     yield text
         finally:
             self.report("left")
+
+
+class SteppedSmallestBot(SmallestBot.func_or_class):
+    """The tutorial's first bot, which has nothing to report but its model's steps."""
+
+    async def __init__(self, gate: Gate, model: str) -> None:
+        await super().__init__(model)
+        self.gate = gate
+        self.model.register_forward_pre_hook(self.before_step, with_kwargs=True)
+
+    before_step = SteppedBot.before_step
 
 
 # By name in the tests: the stepped bot, the original, and the arguments of the constructor.

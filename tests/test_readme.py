@@ -3,30 +3,18 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 from bot_fixtures import HANG_S, REPOSITORY
-from huggingface_hub import constants
-from local_serve import LocalServe
 from ray.serve.schema import ServeDeploySchema
 from readme import README, TRANSCRIPTS, check_log, check_transcripts, commands, section
 from serve_command import serve_run
 
 import textbot
 from streaming_bots.settings import BatchbotSettings, ChatbotSettings, ContinuousbotSettings
-
-
-@pytest.fixture
-def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
-    """A local Serve where the README's commands find a bot, without a hub."""
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    local = LocalServe(8000)
-    yield local
-    local.stop()
 
 
 # `serve run textbot:app` itself is in test_serve_run.py.

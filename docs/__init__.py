@@ -1,0 +1,1 @@
+"""The smallest bot and the experiments of the tutorial."""

@@ -1,0 +1,1 @@
+"""Flawed bots beside ours, each with one command."""

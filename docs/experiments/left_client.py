@@ -1,0 +1,34 @@
+"""A client that leaves keeps the model busy: `python -m docs.experiments.left_client`."""
+
+import requests
+
+from docs.experiments.side_by_side import instrumented, served, steps_in_all
+from docs.smallest_bot import SmallestBot
+from streaming_bots.models.source import BUNDLED, BUNDLED_FOLDER
+from textbot import Textbot
+
+PROMPT = {"prompt": "Tell me a story about dogs."}
+
+
+def leave_early(address: str) -> int:
+    """Read the first text and leave. Return how many steps the model took in all."""
+    with requests.post(f"http://{address}", params=PROMPT, stream=True) as response:
+        next(response.iter_content(chunk_size=None))
+    return steps_in_all(address)
+
+
+def main() -> None:
+    smallest = instrumented(SmallestBot, step_s=0.05).bind(str(BUNDLED_FOLDER))
+    ours = instrumented(Textbot, step_s=0.05).bind(BUNDLED)
+    with served(smallest, ours) as (its_address, our_address):
+        requests.post(f"http://{its_address}", params=PROMPT)
+        story = steps_in_all(its_address)
+        print(f"The story has {story} tokens. A client reads the first word and leaves.")
+        wasted = leave_early(its_address) - story
+        print(f"smallest_bot.py: the model wrote {wasted} tokens.")
+        stopped = leave_early(our_address) < story // 2
+        print(f"textbot.py: the model {'stopped early' if stopped else 'went on'}.")
+
+
+if __name__ == "__main__":
+    main()
