@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import requests
-from bot_fixtures import REPOSITORY, reference
+from bot_fixtures import HANG_S, REPOSITORY, reference
 from gates import RemoteGate
 from ray import serve
 from stepped_bots import SteppedSmallestBot
@@ -33,7 +33,7 @@ def smallest_bot(port: int, new_gate) -> Iterator[Served]:
 
 def test_text_arrives_while_the_model_still_generates(smallest_bot, loaded):
     smallest_bot.gate.hold_after(4)
-    with requests.post(smallest_bot.url, params=HELLO, stream=True) as response:
+    with requests.post(smallest_bot.url, params=HELLO, stream=True, timeout=HANG_S) as response:
         chunks = response.iter_content(chunk_size=None)
         first = next(chunks)
         smallest_bot.gate.wait("step", 5)  # the model now waits before its fifth token
@@ -46,7 +46,15 @@ def test_text_arrives_while_the_model_still_generates(smallest_bot, loaded):
 def test_a_failure_breaks_the_stream_off(smallest_bot):
     smallest_bot.gate.fail_at(5)
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
-        requests.post(smallest_bot.url, params=HELLO)
+        requests.post(smallest_bot.url, params=HELLO, timeout=HANG_S)
+
+
+def test_a_failure_before_the_first_text_comes_after_the_status(smallest_bot):
+    smallest_bot.gate.fail_at(1)
+    with requests.post(smallest_bot.url, params=HELLO, stream=True, timeout=HANG_S) as response:
+        assert response.status_code == 200
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            _ = response.content
 
 
 def test_it_is_small_and_needs_no_library_of_ours():

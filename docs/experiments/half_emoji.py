@@ -5,18 +5,18 @@ from transformers import AutoTokenizer
 from streaming_bots.generation.text_decoder import TextDecoder
 from streaming_bots.models.source import BUNDLED_FOLDER
 
-REPLY = "I like 🐢 and 你好!"
+REPLY = "A 🐢 says 你好!"
 
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
     tokens = tokenizer(REPLY)["input_ids"]
-    print(f"A reply of {len(REPLY)} characters and {len(tokens)} tokens.")
-    print("each token by itself: ", "".join(tokenizer.decode(token) for token in tokens))
+    print("The turtle's tokens:", tokenizer("🐢")["input_ids"])
+    print("each token by itself:", "".join(tokenizer.decode(token) for token in tokens))
     decoder = TextDecoder(tokenizer)
     pieces = [decoder.step(token) for token in tokens]
-    print("batchbot.py's decoder:", "".join(pieces))
-    print("its pieces:", *map(repr, pieces[:7]), "...")
+    print("batchbot.py:", "".join(pieces))
+    print("its pieces:", pieces)
 
 
 if __name__ == "__main__":

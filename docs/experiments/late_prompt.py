@@ -9,6 +9,8 @@ from continuousbot import Continuousbot
 from docs.experiments.side_by_side import instrumented, served
 from streaming_bots.models.source import BUNDLED
 
+STORY, GREETING = "Tell me a story about dogs.", "Hello!"
+
 
 def ask(address: str, prompt: str, begun: threading.Event, ended: list[str]) -> None:
     with requests.post(f"http://{address}", params={"prompt": prompt}, stream=True) as response:
@@ -18,14 +20,14 @@ def ask(address: str, prompt: str, begun: threading.Event, ended: list[str]) -> 
 
 
 def order_of_ends(address: str) -> str:
-    """Ask for a story and, once it has begun, say hello. Return the order in which replies end."""
+    """Ask for a story and, once it has begun, greet. Return the order in which the replies end."""
     begun, ended = threading.Event(), list[str]()
-    story = threading.Thread(target=ask, args=(address, "Tell me a story.", begun, ended))
+    story = threading.Thread(target=ask, args=(address, STORY, begun, ended))
     story.start()
     begun.wait()
-    ask(address, "Hello!", threading.Event(), ended)
+    ask(address, GREETING, threading.Event(), ended)
     story.join()
-    return ", then ".join(ended)
+    return " -> ".join({STORY: "the story", GREETING: "the greeting"}[prompt] for prompt in ended)
 
 
 def main() -> None:
@@ -34,9 +36,9 @@ def main() -> None:
         instrumented(bot, step_s=0.05).bind(BUNDLED) for bot in (Batchbot, Continuousbot)
     )
     with served(static, continuous) as (static_address, continuous_address):
-        print("The client asks for a story. Once it has begun, another client says Hello!")
-        print("batchbot.py ends:     ", order_of_ends(static_address))
-        print("continuousbot.py ends:", order_of_ends(continuous_address))
+        print("A client asks for a story. Once it has begun, another client says hello.")
+        print("batchbot.py:", order_of_ends(static_address))
+        print("continuousbot.py:", order_of_ends(continuous_address))
 
 
 if __name__ == "__main__":

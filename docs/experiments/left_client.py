@@ -23,7 +23,7 @@ def main() -> None:
     with served(smallest, ours) as (its_address, our_address):
         requests.post(f"http://{its_address}", params=PROMPT)
         story = steps_in_all(its_address)
-        print(f"The story has {story} tokens. A client reads the first word and leaves.")
+        print(f"The story has {story} tokens. A client reads its first word and leaves.")
         wasted = leave_early(its_address) - story
         print(f"smallest_bot.py: the model wrote {wasted} tokens.")
         stopped = leave_early(our_address) < story // 2

@@ -5,14 +5,13 @@ import json
 
 from fastapi import FastAPI, WebSocket
 from ray import serve
-from transformers import AsyncTextIteratorStreamer
+from transformers import AsyncTextIteratorStreamer, AutoModelForCausalLM, AutoTokenizer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from chatbot import Chatbot
 from docs.experiments.side_by_side import served
-from docs.smallest_bot import SmallestBot
 from streaming_bots.models.source import BUNDLED, BUNDLED_FOLDER
 
 PROMPT = "Tell me a story about dogs."
@@ -22,35 +21,45 @@ api = FastAPI()
 
 @serve.deployment
 @serve.ingress(api)
-class EndlessChatbot(SmallestBot.func_or_class):
+class EndlessChatbot:
     """Keeps the conversation as one string, which only grows."""
 
-    @api.websocket("/chat")
-    async def chat(self, ws: WebSocket) -> None:
+    def __init__(self, model: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = AutoModelForCausalLM.from_pretrained(model)
+
+    @api.websocket("/")
+    async def handle_request(self, ws: WebSocket) -> None:
         await ws.accept()
         conversation = ""
         while True:
-            conversation += await ws.receive_text()
+            conversation += await ws.receive_text() + self.tokenizer.eos_token
             streamer = AsyncTextIteratorStreamer(self.tokenizer, True, skip_special_tokens=True)
             run = asyncio.create_task(asyncio.to_thread(self.generate_text, conversation, streamer))
-            conversation += self.tokenizer.eos_token
-            async for text in self.consume_streamer(streamer, run):
+            async for text in streamer:
                 conversation += text
                 await ws.send_text(text)
+            await run
             conversation += self.tokenizer.eos_token
             await ws.send_text("<>")
 
+    def generate_text(self, conversation: str, streamer: AsyncTextIteratorStreamer) -> None:
+        inputs = self.tokenizer(conversation, return_tensors="pt")
+        try:
+            self.model.generate(**inputs, max_new_tokens=256, streamer=streamer)
+        finally:
+            streamer.end()
+
 
 def chat_with_endless(address: str) -> str:
-    with connect(f"ws://{address}chat") as websocket:
+    with connect(f"ws://{address}") as websocket:
         for exchange in range(1, EXCHANGES + 1):
             try:
                 websocket.send(PROMPT)
                 while websocket.recv() != "<>":
                     pass
-            except ConnectionClosed as closed:
-                code = closed.rcvd.code if closed.rcvd else None
-                return f"the socket closes with {code} in reply {exchange}"
+            except ConnectionClosed:
+                return f"the socket breaks off in reply {exchange}"
     return f"{EXCHANGES} replies"
 
 

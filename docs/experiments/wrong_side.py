@@ -31,7 +31,7 @@ def ask(address: str, prompt: str) -> str:
 def show(title: str, replies: list[str]) -> None:
     print(title)
     for prompt, reply in zip(PROMPTS, replies, strict=True):
-        print(f"  {prompt} -> {reply}")
+        print(f"  {prompt} -> {reply.strip()}")
 
 
 def main() -> None:
