@@ -30,7 +30,7 @@ def quotes(block: str, source: str) -> bool:
     parts = re.split(r"^ *\.\.\.\n", block, flags=re.MULTILINE)
     return any(
         contains_in_order("\n" + source, [indent(part, " " * spaces) for part in parts])
-        for spaces in range(0, 13, 4)
+        for spaces in range(0, 25, 4)
     )
 
 
