@@ -3,16 +3,13 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import NamedTuple
 
 import pytest
 import ray
 import requests
-from bot_fixtures import HANG_S, REPOSITORY
-from deployments import deployed
-from gates import RemoteGate
+from bot_fixtures import HANG_S, REPOSITORY, Bot
 
 DASHBOARD = json.loads((REPOSITORY / "deploy" / "grafana.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -20,6 +17,8 @@ VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"][
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
 COLUMNS = 24  # of Grafana's grid
 REPORTED_S = 60  # only bounds a hang: Ray reports metrics every few seconds
+
+pytestmark = pytest.mark.serves("textbot")
 
 
 class Query(NamedTuple):
@@ -68,20 +67,18 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(port: int, new_gate: Callable[[], RemoteGate]) -> Iterator[Exported]:
-    """What is exported when a bot that follows the load has answered and refused."""
-    gate = new_gate()
-    scaling = {"min_replicas": 1, "max_replicas": 2}
-    with deployed("textbot", port, gate, autoscaling_config=scaling) as own:
-        gate.open()
-        for prompt in ("Hello!", "Hello!", ""):  # the second one's prompt is cached
-            response = requests.post(own.bot.http, json={"prompt": prompt}, timeout=HANG_S)
-            assert response.status_code == (200 if prompt else 422)
-        found, deadline = Exported(), time.monotonic() + REPORTED_S
-        while NAMED - set(found.labels) and time.monotonic() < deadline:
-            found.scrape()
-            time.sleep(0.5)
-        yield found
+def exported(served_bots: dict[str, Bot]) -> Exported:
+    """What is exported when a bot has replied to a request and refused one."""
+    bot = served_bots["textbot"]
+    bot.gate.open()
+    for prompt in ("Hello!", "Hello!", ""):  # the second one's prompt is cached
+        response = requests.post(bot.http, json={"prompt": prompt}, timeout=HANG_S)
+        assert response.status_code == (200 if prompt else 422)
+    found, deadline = Exported(), time.monotonic() + REPORTED_S
+    while NAMED - set(found.labels) and time.monotonic() < deadline:
+        found.scrape()
+        time.sleep(0.5)
+    return found
 
 
 @pytest.mark.parametrize("name", QUERIES)
