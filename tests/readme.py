@@ -1,4 +1,4 @@
-"""The README's sections and commands, and checks that the commands print what it shows."""
+"""The commands of README.md and docs/using.md, and checks that they print what is shown."""
 
 import re
 import shutil
@@ -12,11 +12,12 @@ from bot_fixtures import HANG_S, REPOSITORY
 from serve_command import ENVIRONMENT
 
 README = (REPOSITORY / "README.md").read_text()
+USING = (REPOSITORY / "docs" / "using.md").read_text()
 TRANSCRIPTS = {  # the sections that show a bot's replies
-    "textbot": ["Try it", "Textbot: one prompt in, text out", "See it"],
+    "textbot": ["Try it", "Textbot: one prompt, one reply", "See the difference"],
     "chatbot": ["Chatbot: a conversation"],
-    "batchbot": ["Batchbot: many prompts, one run", "See it"],
-    "continuousbot": ["Continuousbot: prompts join a run", "See it"],
+    "batchbot": ["Batchbot: many prompts, one run", "See the difference"],
+    "continuousbot": ["Continuousbot: prompts join a running batch", "See the difference"],
 }
 
 
@@ -36,9 +37,9 @@ def commands(text: str) -> list[Command]:
 
 
 def section(title: str) -> str:
-    return re.split(r"^##+ .*", README, flags=re.MULTILINE)[
-        re.findall(r"^##+ (.*)", README, flags=re.MULTILINE).index(title) + 1
-    ]
+    """Return the text below a heading, which is in README.md or docs/using.md."""
+    _, *parts = re.split(r"^##+ (.*)", README + "\n" + USING, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))[title]
 
 
 def check_output(command: Command, folder: Path) -> None:
@@ -64,7 +65,7 @@ def check_output(command: Command, folder: Path) -> None:
 
 
 def check_transcripts(name: str, folder: Path) -> None:
-    """Run the README's commands for a bot, except `serve run`: the bot runs already."""
+    """Run the commands for a bot, except `serve run`: the bot runs already."""
     shown = [command for title in TRANSCRIPTS[name] for command in commands(section(title))]
     assert shown[0].line.endswith(f"serve run {name}:app")
     check_commands(shown, folder)

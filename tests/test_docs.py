@@ -38,7 +38,8 @@ def anchors(text: str) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_links_within_the_repository_lead_somewhere(document):
     text = document.read_text()
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+    found = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"(.+?)\"", prose(text))
+    for link in map("".join, found):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")

@@ -8,7 +8,7 @@ import pytest
 from bot_fixtures import REPOSITORY
 from readme import check_commands, commands
 from serve_command import ENVIRONMENT, serve_run
-from tutorial import SOURCES, TUTORIAL, anchors, links, prose, python_blocks, quotes
+from tutorial import SOURCES, TUTORIAL, prose, python_blocks, quotes
 
 EXPERIMENT = "python -m docs.experiments."
 EXPERIMENT_S = 300  # only bounds a hang
@@ -22,11 +22,6 @@ for command in SHOWN:
         clients = ASKED.setdefault(command.line.removeprefix("serve run "), [])
     elif command not in EXPERIMENTS:
         clients.append(command)
-
-DOCUMENTS = sorted(
-    path.relative_to(REPOSITORY).as_posix()
-    for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
-)
 
 
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.strip().split("\n")[0])
@@ -89,14 +84,3 @@ def test_an_experiment_prints_what_the_tutorial_shows(checkout, command):
         timeout=EXPERIMENT_S,
     )
     assert ran.stdout.rstrip("\n") == command.output, ran.stderr
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_relative_links_lead_somewhere(document):
-    path = REPOSITORY / document
-    for link in links(path.read_text()):
-        place, _, anchor = link.partition("#")
-        target = (path.parent / place).resolve() if place else path
-        assert target.exists(), link
-        if anchor:
-            assert anchor in anchors(target.read_text()), link

@@ -1,7 +1,6 @@
 """The tutorial's blocks, and the sources that its Python blocks quote."""
 
 import re
-from collections.abc import Iterator
 from textwrap import indent
 
 from bot_fixtures import REPOSITORY
@@ -42,17 +41,3 @@ def contains_in_order(source: str, parts: list[str]) -> bool:
             return False
         end = start + len(part)  # the last line break may begin the next part
     return True
-
-
-def anchors(text: str) -> Iterator[str]:
-    """Yield the anchors that GitHub gives to the headings of a text in Markdown."""
-    without_code = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    for heading in re.findall(r"^#+ (.*)", without_code, re.MULTILINE):
-        yield re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-
-
-def links(text: str) -> list[str]:
-    """Return the relative links in a text in Markdown, but not those in its code."""
-    text = re.sub(r"^```.*?^```|`[^`\n]*`(?!\])", "", text, flags=re.DOTALL | re.MULTILINE)
-    found = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text)
-    return [link for link in map("".join, found) if not re.match(r"\w+:", link)]
