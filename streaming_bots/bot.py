@@ -123,6 +123,7 @@ class Bot(ABC):
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
         self.drain.health_was_asked()
+        self.metrics.repeat_gauges()
         self.engine.check()
 
 

@@ -13,6 +13,7 @@ import requests
 from bot_fixtures import HANG_S, Bot
 from callers import ChatCaller, HttpCaller
 from ray.exceptions import TaskCancelledError
+from ray.serve.metrics import Gauge
 from starlette.requests import ClientDisconnect
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
@@ -133,6 +134,14 @@ def test_a_gauge_goes_up_and_down_with_its_members(monkeypatch):
     gauge.discard("one", "three")
     gauge.discard("two")
     assert told.call_args_list == [call(2), call(2), call(1), call(0)]
+
+
+def test_a_health_check_sets_the_gauges_again_since_ray_forgets_them(bots, monkeypatch):
+    bots.textbot.gate.open()
+    told: list[tuple[str, float]] = []
+    monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags: told.append((gauge._name, value)))
+    bots.textbot.call("check_health")
+    assert {*told} == {("bot_requests_waiting", 0), ("bot_requests_running", 0)}
 
 
 @pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError])

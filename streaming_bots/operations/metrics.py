@@ -18,6 +18,11 @@ class SetGauge(Gauge):
     def __init__(self, name: str, description: str) -> None:
         super().__init__(name, description=description)
         self.members: set[object] = set()
+        self.set(0)
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.value = value
+        super().set(value, tags)
 
     def add(self, *members: object) -> None:
         self.members.update(members)
@@ -61,6 +66,11 @@ class BotMetrics:
         self.running = SetGauge(
             "bot_requests_running", description="Replies that the model is writing."
         )
+
+    def repeat_gauges(self) -> None:
+        """Set them again, since Ray drops a gauge that is not set for some 20 s."""
+        for gauge in (self.waiting, self.running):
+            gauge.set(gauge.value)
 
     def count(self, outcome: str) -> None:
         self.requests.inc(tags={"outcome": outcome})
