@@ -18,9 +18,11 @@ has_gpu = torch.cuda.is_available()
 
 
 class Placed:
-    def placement(self) -> tuple[str, str, int]:
-        """Return device and dtype of the weights, and how many GPUs the replica sees."""
-        return str(self.model.device), str(self.model.dtype), torch.cuda.device_count()
+    def placement(self) -> tuple[str, str, int, bool]:
+        """Return device and dtype of the weights, how many GPUs the replica sees, and whether
+        torch may choose cuDNN's attention."""
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        return str(self.model.device), str(self.model.dtype), torch.cuda.device_count(), cudnn
 
 
 class PlacedTextbot(Placed, Textbot.func_or_class):
@@ -58,8 +60,8 @@ def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, 
     app = original.options(**options).bind(**arguments.constructor_arguments())
     handle = serve.run(app, name="gpu", route_prefix="/gpu")
     try:
-        device, used, count = handle.placement.remote().result()
-        assert (device, used, count) == ("cuda:0", f"torch.{dtype}", 1)
+        placement = handle.placement.remote().result()
+        assert placement == ("cuda:0", f"torch.{dtype}", 1, False)
         bot = Bot(f"127.0.0.1:{port}/gpu/")
         caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
         assert caller.outcome() == "finished"

@@ -46,6 +46,10 @@ def load_model(
             f"model {name!r}: a GPU is reserved for it, but torch {torch.__version__} sees none; "
             "install its CUDA build and NVIDIA's driver, or say num_gpus=0"
         )
+    if device == "cuda":
+        # On Hopper and Blackwell, torch prefers cuDNN's attention in 2-byte numbers. cuDNN plans
+        # anew for each length that a thread has not seen, and a reply has another at each token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         source = resolve(name)
         with report_progress(source):
