@@ -24,7 +24,9 @@ class SmallestBot:
 
     @api.post("/")
     async def handle_request(self, prompt: str) -> StreamingResponse:
-        streamer = AsyncTextIteratorStreamer(self.tokenizer, True, skip_special_tokens=True)
+        streamer = AsyncTextIteratorStreamer(
+            self.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
         run = asyncio.create_task(asyncio.to_thread(self.generate_text, prompt, streamer))
         return StreamingResponse(self.consume_streamer(streamer, run), media_type="text/plain")
 
