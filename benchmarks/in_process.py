@@ -164,11 +164,38 @@ async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str,
     }
 
 
+def perplexity(loaded: LoadedModel, windows: torch.Tensor) -> float:
+    """Return the perplexity of a text, in windows of shape (windows, tokens)."""
+    with torch.inference_mode():
+        logits = torch.cat([loaded.model(window[None]).logits[:, :-1] for window in windows])
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), windows[:, 1:])
+    return float(losses.exp())
+
+
+def agreement(loaded: LoadedModel, exact: LoadedModel, windows: torch.Tensor, tokens: int) -> float:
+    """Return how many tokens at the start of two models' greedy replies are equal, on average."""
+    starts = windows[:, :32]
+    options = {"attention_mask": torch.ones_like(starts), "max_new_tokens": tokens}
+    replies, expected = (
+        each.model.generate(starts, min_new_tokens=tokens, **options)[:, starts.shape[1] :]
+        for each in (loaded, exact)
+    )
+    return float((replies == expected).cumprod(1).sum(1).float().mean())
+
+
+def compare_quality(loaded: LoadedModel, exact: LoadedModel, text: str, tokens: int) -> None:
+    """Print what a dtype costs: perplexity beside float32's, and how long replies agree."""
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][0, : 8 * 256]
+    windows = ids[: len(ids) // 256 * 256].view(-1, 256)
+    print(f"perplexity {perplexity(loaded, windows):.3f}, {perplexity(exact, windows):.3f} exact")
+    print(f"{agreement(loaded, exact, windows, tokens):.1f} of {tokens} tokens agree")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("way", choices=["generate", "continuous", "cost"])
+    parser.add_argument("way", choices=["generate", "continuous", "cost", "quality"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -181,6 +208,9 @@ def main() -> None:
     if arguments.way == "cost":
         windows = [range(10, 90), range(860, 940)]
         print(json.dumps(asyncio.run(cost_of_tokens(loaded, windows))))
+        return
+    if arguments.way == "quality":
+        compare_quality(loaded, load_model(arguments.model), sys.stdin.read(), arguments.tokens)
         return
     generates = arguments.way == "generate"
     runner = Generate(loaded) if generates else Continuous(loaded, arguments.max_batch_size)
