@@ -1,7 +1,7 @@
 """Makes all pictures of the README from real runs: `python pictures/make.py`.
 
-It takes about six minutes on two cores. The pictures show how fast the machine is, so it should
-have nothing else to do. It needs port 8000, Chromium, and the packages of the extra `test`, which
+It takes about six minutes on two cores. The pictures show the speed of the machine, so nothing else
+should run on it. The script needs port 8000, Chromium, and the packages of the extra `test`, which
 bring Pillow and Playwright. `python pictures/make.py <folder>` writes to another folder.
 """
 
