@@ -39,7 +39,8 @@ def ask(prometheus: str, query: str, minutes: float) -> list[dict[str, Any]]:
         query = query.replace(name, value)
     now = time.time()
     span = {"start": now - 60 * minutes, "end": now, "step": STEP_S}
-    answer = requests.get(f"{prometheus}/api/v1/query_range", params={"query": query, **span})
+    parameters: dict[str, str | float] = {"query": query, **span}
+    answer = requests.get(f"{prometheus}/api/v1/query_range", params=parameters)
     answer.raise_for_status()
     series: list[dict[str, Any]] = answer.json()["data"]["result"]
     if all(math.isnan(float(value)) for each in series for _, value in each["values"]):
