@@ -98,6 +98,13 @@ def test_the_weights_take_less_than_half(config: PreTrainedConfig, tmp_path):
     assert not {nn.Linear, int8.Conv1D} & {*kinds}
 
 
+def test_a_model_can_be_called_where_gradients_are_computed(loaded_int8):
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        expected = loaded_int8.model(ids).logits
+    assert torch.equal(loaded_int8.model(ids).logits, expected)
+
+
 def test_a_model_reads_nearly_as_well_as_in_float32(loaded, loaded_int8):
     ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :512]
     assert perplexity(loaded_int8, ids) < 1.05 * perplexity(loaded, ids)

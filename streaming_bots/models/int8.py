@@ -3,12 +3,15 @@
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from streaming_bots.operations.machine import returning_freed_memory
 
 LAYERS = (nn.Linear, Conv1D)
 TINY = torch.finfo(torch.float32).tiny
@@ -65,40 +68,43 @@ def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     """
     # A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
     # for the cores with those of the model's thread.
-    with ThreadPoolExecutor(1) as thread:
+    with returning_freed_memory(), ThreadPoolExecutor(1) as thread:
         thread.submit(_to_int8, model, sample).result()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     levels = input_levels()
     input_ids = torch.tensor([sample])
     largest = largest_inputs(model, input_ids)
-    for name in [name for name, module in model.named_modules() if type(module) in LAYERS]:
+    for name in layers_of(model):  # each frees its old weights
         layer: Any = model.get_submodule(name)
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        inputs = largest.get(layer, torch.ones(weight.shape[1]))
+        inputs = largest.get(name, torch.ones(weight.shape[1]))
         model.set_submodule(name, Int8Linear(weight, layer.bias, inputs, levels))
     embeddings: list[Any] = [each for each in model.modules() if isinstance(each, nn.Embedding)]
     weights = [each._parameters.pop("weight").detach() for each in embeddings]
-    nn.Module.float(model)  # that of transformers refuses weights from GGUF
+    nn.Module.float(model).requires_grad_(False)  # transformers has a `float` that refuses GGUF
     for embedding, weight in zip(embeddings, weights, strict=True):
         embedding.register_buffer("weight", weight, persistent=False)  # not in `model.dtype`
         embedding.register_forward_hook(lambda module, inputs, output: output.float())
     model(input_ids)
 
 
-def largest_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[nn.Module, Any]:
-    """Return the largest magnitude of each input of the layers that read a text: float32."""
-    largest: dict[nn.Module, Any] = {}
+def layers_of(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) in LAYERS]
 
-    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        largest[layer] = inputs[0].flatten(end_dim=-2).abs().amax(0).float()
+
+def largest_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the largest magnitude of each input of the layers that read a text: float32."""
+    largest: dict[str, torch.Tensor] = {}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        largest[name] = inputs[0].flatten(end_dim=-2).abs().amax(0).float()
 
     hooks = [
-        module.register_forward_pre_hook(note)
-        for module in model.modules()
-        if type(module) in LAYERS
+        model.get_submodule(name).register_forward_pre_hook(partial(note, name))
+        for name in layers_of(model)
     ]
     model(input_ids)
     for hook in hooks:
