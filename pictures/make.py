@@ -1,7 +1,7 @@
 """Makes all pictures of the README from real runs: `python pictures/make.py`.
 
-It takes about five minutes on two cores. The pictures show the speed of the machine, so nothing else
-should run on it. The script needs port 8000, Chromium, and the packages of the extra `test`, which
+It takes about five minutes on two cores. The pictures show the speed of the machine, so run nothing
+else on it. The script needs port 8000, Chromium, and the packages of the extra `test`, which
 bring Pillow and Playwright. `python pictures/make.py <folder>` writes to another folder.
 """
 
