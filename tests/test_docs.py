@@ -79,6 +79,16 @@ def test_the_messages_of_ours_that_are_quoted_exist():
     assert [line for line in quoted if not any(line in message for message in printed)] == []
 
 
+def test_the_diffs_in_the_guide_to_copying_fit_the_textbot():
+    source = (REPOSITORY / "textbot.py").read_text()
+    guide = (REPOSITORY / "docs" / "copy.md").read_text()
+    diffs = re.findall(r"```diff\n(.*?)```", guide, re.DOTALL)
+    assert diffs
+    for diff in diffs:
+        before = "".join(line[1:] for line in diff.splitlines(True) if line[0] in " -")
+        assert source.count(before) == 1, before
+
+
 SHOWN_ARGUMENTS = [
     found.groups()
     for document in DOCUMENTS
