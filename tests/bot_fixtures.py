@@ -18,6 +18,7 @@ import torch
 from gates import Gate, Gates, RemoteGate
 from huggingface_hub import constants
 from local_serve import LocalServe
+from playwright.sync_api import Browser, sync_playwright
 from ray import serve
 from ray.serve import Application
 from scripted_model import save_scripted_model
@@ -153,6 +154,20 @@ def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
     local = LocalServe(8000)
     yield local
     local.stop()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 # On a real Serve

@@ -36,6 +36,23 @@ def commands(text: str) -> list[Command]:
     return found
 
 
+def prose(text: str) -> str:
+    """Return a document without its code blocks, where a `#` makes no heading."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def changed(code: str, guide: str) -> str:
+    """Return the code after all changes that a guide shows as diffs."""
+    for block in re.findall(r"```diff\n(.*?)```", guide, re.DOTALL):
+        lines = block.splitlines(keepends=True)
+        before, after = (
+            "".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")
+        )
+        assert code.count(before) == 1, before
+        code = code.replace(before, after)
+    return code
+
+
 def section(title: str) -> str:
     """Return the text below a heading, which is in README.md or docs/using.md."""
     _, *parts = re.split(r"^##+ (.*)", README + "\n" + USING, flags=re.MULTILINE)

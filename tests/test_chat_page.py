@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 
@@ -17,9 +16,10 @@ from bot_fixtures import (
     WITH_KEY,
     Bot,
     Bots,
+    needs_chromium,
     reference,
 )
-from playwright.sync_api import Browser, Page, WebSocketRoute, expect, sync_playwright
+from playwright.sync_api import Browser, Page, WebSocketRoute, expect
 from websockets.sync.client import connect
 
 HELLO, STORY = "Hello!", "Tell me a story about dogs."
@@ -29,16 +29,7 @@ states = [];
 new MutationObserver(() => states.push(document.all.state.dataset.is))
   .observe(document.all.state, {attributes: true});
 """
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import requests
 from bot_fixtures import HANG_S, REPOSITORY, reference
 from products import cases
-from readme import Command, check_output, commands
+from readme import Command, changed, check_output, commands
 from serve_command import ENVIRONMENT, add_libraries, serve_run
 
 pytestmark = pytest.mark.cluster
@@ -67,24 +67,12 @@ def test_the_wheel_has_all_that_the_bots_need(service, tmp_path, loaded):
         assert "<textarea" in requests.get("http://127.0.0.1:8000/", timeout=HANG_S).text
 
 
-def changed(code: str) -> str:
-    """Return the code after all changes that the guide shows."""
-    for block in re.findall(r"```diff\n(.*?)```", GUIDE, re.DOTALL):
-        lines = block.splitlines(keepends=True)
-        before, after = (
-            "".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")
-        )
-        assert code.count(before) == 1, before
-        code = code.replace(before, after)
-    return code
-
-
 def test_the_copied_bot_runs_and_can_be_changed_as_the_guide_shows(service):
     first, second = RUNS
     with start(service, first):
         check_output(ASK, service)
     bot = service / "helpbot.py"
-    bot.write_text(changed(bot.read_text()))
+    bot.write_text(changed(bot.read_text(), GUIDE))
     with start(service, second):
         check_output(ASK_CHANGED, service)
         check_output(ASK_WRONG, service)

@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import yaml
 from bot_fixtures import REPOSITORY
-from readme import commands
+from readme import changed, commands, prose
 
 LIST_FILES = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
 FILES = [
@@ -22,11 +22,6 @@ TROUBLES = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
 WORKFLOW = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
 CI = (REPOSITORY / ".ci" / "run").read_text()
-
-
-def prose(text: str) -> str:
-    """Return a document without its code blocks, where a `#` makes no heading."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(text: str) -> list[str]:
@@ -82,11 +77,7 @@ def test_the_messages_of_ours_that_are_quoted_exist():
 def test_the_diffs_in_the_guide_to_copying_fit_the_textbot():
     source = (REPOSITORY / "textbot.py").read_text()
     guide = (REPOSITORY / "docs" / "copy.md").read_text()
-    diffs = re.findall(r"```diff\n(.*?)```", guide, re.DOTALL)
-    assert diffs
-    for diff in diffs:
-        before = "".join(line[1:] for line in diff.splitlines(True) if line[0] in " -")
-        assert source.count(before) == 1, before
+    assert changed(source, guide) != source
 
 
 SHOWN_ARGUMENTS = [

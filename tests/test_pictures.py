@@ -1,17 +1,15 @@
 """The moving pictures: small, complete as still images, and true to what they say."""
 
 import base64
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bot_fixtures import HANG_S, REPOSITORY, reference, wait_until
+from bot_fixtures import HANG_S, REPOSITORY, needs_chromium, reference, wait_until
 from PIL import Image, ImageChops
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 PICTURES = REPOSITORY / "pictures"
 LOADS = ["load.svg", "load-narrow.svg"]
@@ -19,10 +17,6 @@ BOTS = ["Textbot", "Batchbot", "Continuousbot"]
 PROMPTS = ["Tell me a story.", "Write a poem.", "Why is the sky blue?", "Tell me a joke."]
 SVG = "{http://www.w3.org/2000/svg}"
 MAKE_S = 900  # only bounds a hang
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
-)
 
 # For each of 200 moments of the loop: the text that is seen of each reply, in the picture's order.
 REPLAY = """
@@ -56,14 +50,6 @@ TOO_WIDE = """
     }).map((text) => text.textContent);
 }
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def open_picture(browser: Browser, name: str, **options: object) -> Page:

@@ -6,9 +6,9 @@ from importlib import import_module
 
 import pytest
 from bot_fixtures import REPOSITORY
-from readme import check_commands, commands
+from readme import check_commands, commands, prose
 from serve_command import ENVIRONMENT, serve_run
-from tutorial import SOURCES, TUTORIAL, prose, python_blocks, quotes
+from tutorial import SOURCES, TUTORIAL, python_blocks, quotes
 
 EXPERIMENT = "python -m docs.experiments."
 EXPERIMENT_S = 300  # only bounds a hang
@@ -40,7 +40,7 @@ def test_a_quotation_has_all_lines_in_their_order():
 
 
 def test_the_tutorial_has_2000_to_3000_words_beside_its_code():
-    assert 2000 <= len(prose().split()) <= 3000
+    assert 2000 <= len(prose(TUTORIAL).split()) <= 3000
 
 
 def test_the_tutorial_shows_each_bot_and_each_experiment():

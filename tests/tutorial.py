@@ -17,10 +17,6 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)
 
 
-def prose() -> str:
-    return re.sub(r"^```.*?^```", "", TUTORIAL, flags=re.DOTALL | re.MULTILINE)
-
-
 def quotes(block: str, source: str) -> bool:
     """Whether a block has a source's own lines, in their order. A line `...` leaves some out.
 

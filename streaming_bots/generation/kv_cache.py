@@ -24,12 +24,11 @@ from streaming_bots.generation.padding import (
     STEPS,
     Recorder,
     are_alike,
-    in_a_thread,
     logits_of_reply,
     prompt_of,
 )
 from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
-from streaming_bots.operations.machine import free_memory
+from streaming_bots.operations.machine import free_memory, in_a_thread
 
 TOKENS_PER_ROW = 256  # of the KV cache, if all rows are taken
 TOKENS_OF_ONE = 8192  # a single reply may have at least this many, or the whole context if less

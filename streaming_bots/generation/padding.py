@@ -1,14 +1,13 @@
 """Padding: batches of prompts of unequal lengths, and how they continue after a row ends."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
 from streaming_bots.models.int8 import Int8Linear
+from streaming_bots.operations.machine import in_a_thread
 
 LENGTH = 4  # tokens of the prompts that are tried; sets the padding before them, too
 STEPS = 4  # tokens of the replies that are tried
@@ -16,8 +15,6 @@ STEPS = 4  # tokens of the replies that are tried
 # In units of the logits' standard deviation. Rounding alone changes the logits by 1e-6 in float32
 # and by 1e-2 in bfloat16 and int8. Any difference that matters is at least 2e-3.
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
-
-Result = TypeVar("Result")
 
 
 def batch_context(model: PreTrainedModel, context: int) -> int:
@@ -56,16 +53,6 @@ def can_cut_cache(model: PreTrainedModel) -> bool:
     Some models have no cache, keep some of it elsewhere, or read everything again on top of it.
     """
     return in_a_thread(try_cut, model)
-
-
-def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
-    """Run a computation of the model in a thread that then ends, and return its result.
-
-    A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
-    for the cores with those of the model's thread.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(compute, *arguments).result()
 
 
 def keep_rows(

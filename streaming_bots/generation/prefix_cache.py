@@ -14,10 +14,10 @@ from streaming_bots.generation.padding import (
     LENGTH,
     are_alike,
     batch_context,
-    in_a_thread,
     next_token,
 )
 from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.operations.machine import in_a_thread
 
 REWRITTEN = 8  # tokens at the end of a reply that its next encoding may split in another way
 

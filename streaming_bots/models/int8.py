@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from streaming_bots.operations.machine import returning_freed_memory
+from streaming_bots.operations.machine import in_a_thread, returning_freed_memory
 
 LAYERS = (nn.Linear, Conv1D)
 TINY = torch.finfo(torch.float32).tiny
@@ -66,10 +65,8 @@ def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     `sample` is SAMPLE as token ids. Between these layers, the model computes in float32. Its
     embeddings keep their dtype. Raises an error if this processor, or the model, cannot do so.
     """
-    # A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
-    # for the cores with those of the model's thread.
-    with returning_freed_memory(), ThreadPoolExecutor(1) as thread:
-        thread.submit(_to_int8, model, sample).result()
+    with returning_freed_memory():
+        in_a_thread(_to_int8, model, sample)
 
 
 @torch.no_grad()

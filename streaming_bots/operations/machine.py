@@ -3,15 +3,19 @@
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 M_MMAP_THRESHOLD = -3  # of mallopt, by malloc.h
+
+Result = TypeVar("Result")
 
 
 def cores() -> int:
@@ -31,6 +35,16 @@ def cores() -> int:
         if int(quota) > 0:  # -1 is no limit
             limits.append(int(quota) / int(period))
     return max(1, math.floor(min(limits)))
+
+
+def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
+    """Run a computation of the model in a thread that then ends, and return its result.
+
+    A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
+    for the cores with those of the model's thread.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(compute, *arguments).result()
 
 
 def free_memory(device: torch.device) -> int:
