@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -45,9 +46,10 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from continuousbot import Continuousbot
 from streaming_bots.errors import ModelStalled, TooManyWaiting
-from streaming_bots.generation import kv_cache
+from streaming_bots.generation import continuous_batch, kv_cache
 from streaming_bots.generation.continuous_batch import BatchFailed, ContinuousBatch
-from streaming_bots.models.loaded_model import LoadedModel
+from streaming_bots.generation.sampling import ReplyOptions, SamplingLogitsProcessor
+from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.prompt import encode
 from streaming_bots.models.source import BUNDLED
 
@@ -58,6 +60,7 @@ PROMPTS = [
     "day before, and my sister does not eat meat, so I am a little lost and would like some help.",
     "Thank you, good night!",
 ]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 SHORT, LONG = "Thank you, good night!", "Tell me a story about dogs."
 
 
@@ -402,6 +405,25 @@ def test_a_stall_is_noticed_even_if_all_clients_have_left(loaded):
     asyncio.run(test())
 
 
+def test_tokens_are_progress_even_if_no_layer_reports_any(loaded, monkeypatch):
+    """A CUDA graph computes all layers without calling their hooks."""
+    monkeypatch.setattr(continuous_batch, "watch_layers", lambda *_: None)
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+
+    async def test() -> None:
+        batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
+        hook = loaded.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        streamer = new_streamer(loaded.tokenizer, (), [1, 2, 3], 20)  # these take 2 s
+        batch.submit(streamer)
+        await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
+        hook.remove()
+        batch.check()
+        assert streamer.reply_tokens == 20
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
+
+
 def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, monkeypatch):
     prepare, rows = kv_cache.RequestsLogitsProcessor.prepare_tensor_args, []
 
@@ -477,14 +499,20 @@ asked = st.tuples(
     st.sampled_from(PROMPTS),
     st.sampled_from([4, 60]),  # tokens of the reply
     st.sampled_from([[], ["e"]]),  # stop strings
+    st.sampled_from([None, None, 7]),  # seed; without one, the reply is greedy
     st.integers(0, 40) | st.none(),  # pieces after which the client leaves
     st.integers(0, 20),  # ms after which the client comes
 )
 
 
-def test_clients_get_their_replies_while_others_come_and_go(loaded, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
+def test_clients_get_their_replies_while_others_come_and_go(monkeypatch, device):
     """The cache holds two long replies, so some replies must leave it. All others may then go."""
+    loaded = load_model(BUNDLED, device=device)
     offload, leaving = OffloadingManager.offload_requests, [0]  # after this many offloads
+
+    def ids_of(prompt: str) -> list[int]:
+        return encode([{"role": "user", "content": prompt}], loaded.tokenizer, 400)
 
     def offload_and_leave(self: OffloadingManager) -> bool:
         offloaded = offload(self)
@@ -496,17 +524,26 @@ def test_clients_get_their_replies_while_others_come_and_go(loaded, monkeypatch)
         return offloaded
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", offload_and_leave)
-    expected: dict[tuple[str, int], str] = {}
-    for prompt, tokens in product(PROMPTS, [4, 60]):
-        expected[prompt, tokens] = reference(loaded, [prompt], tokens)
+    expected: dict[tuple[str, int, int | None], str] = {}
+    for prompt, tokens, seed in product(PROMPTS, [4, 60], [None, 7]):
+        input_ids = torch.tensor([ids_of(prompt)], device=device)
+        sampler = ReplyOptions.model_construct(max_new_tokens=tokens, seed=seed).sampler(device)
+        output = loaded.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=tokens,
+            logits_processor=[SamplingLogitsProcessor([sampler])],
+        )
+        reply = output[0, input_ids.shape[1] :]
+        expected[prompt, tokens, seed] = loaded.tokenizer.decode(reply, skip_special_tokens=True)
 
     async def start() -> ContinuousBatch:
         return new_batch(loaded.model, loaded.context, 4, 128, 20)
 
-    async def ask(batch, prompt, tokens, stop, pieces, delay_ms) -> None:
+    async def ask(batch, prompt, tokens, stop, seed, pieces, delay_ms) -> None:
         await asyncio.sleep(delay_ms / 1000)
-        ids = encode([{"role": "user", "content": prompt}], loaded.tokenizer, 400)
-        streamer, text = new_streamer(loaded.tokenizer, stop, ids, tokens), ""
+        streamer, text = new_streamer(loaded.tokenizer, stop, ids_of(prompt), tokens), ""
+        streamer.options.seed = seed
         batch.submit(streamer)
         try:
             async with aclosing(aiter(streamer)) as chunks:
@@ -515,7 +552,7 @@ def test_clients_get_their_replies_while_others_come_and_go(loaded, monkeypatch)
                     if streamer.cancelled:
                         return
                     if streamer.read_to_end:
-                        whole = expected[prompt, tokens]
+                        whole = expected[prompt, tokens, seed]
                         assert text == (whole.split(stop[0])[0] if stop else whole)
                         return
                     pieces = pieces and pieces - 1
@@ -527,7 +564,7 @@ def test_clients_get_their_replies_while_others_come_and_go(loaded, monkeypatch)
         async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
             for request in requests:
                 tasks.create_task(ask(batch, *request))
-        await ask(batch, SHORT, 4, [], None, 0)
+        await ask(batch, SHORT, 4, [], None, None, 0)
 
     with asyncio.Runner() as runner:
         batch = runner.run(start())

@@ -61,7 +61,7 @@ def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, 
     handle = serve.run(app, name="gpu", route_prefix="/gpu")
     try:
         placement = handle.placement.remote().result()
-        assert placement == ("cuda:0", f"torch.{dtype}", 1, False)
+        assert placement == ("cuda:0", f"torch.{dtype}", 1, name == "continuousbot")
         bot = Bot(f"127.0.0.1:{port}/gpu/")
         caller = (ChatCaller if name == "chatbot" else HttpCaller)(bot, "Hello!")
         assert caller.outcome() == "finished"

@@ -77,6 +77,7 @@ class ContinuousBatch(Engine):
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
         """Called on the event loop for every token, with all tokens of the reply so far."""
+        self.watchdog.note_progress()  # a CUDA graph computes without calling the layers' hooks
         if streamer not in self.requests:
             return  # it was cancelled
         if output.error is not None:

@@ -33,6 +33,7 @@ from streaming_bots.operations.machine import free_memory, in_a_thread
 TOKENS_PER_ROW = 256  # of the KV cache, if all rows are taken
 TOKENS_OF_ONE = 8192  # a single reply may have at least this many, or the whole context if less
 PAGE_SIZE = 32  # tokens
+GRAPH_TOKENS = 1024  # each multiple of so many tokens that a step reads has its own CUDA graph
 PROMPT_TOKENS_PER_STEP = 256  # limits how long the prefill of a long prompt delays other replies
 
 
@@ -55,18 +56,19 @@ def start_manager(
     lengths = {LENGTH, min(PAGE_SIZE - 2 * STEPS, context - STEPS)}
     alone = {length: in_a_thread(logits_of_reply, model, length) for length in lengths}
     SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
+    on_gpu = model.device.type == "cuda"
     config = ContinuousBatchingConfig(
         scheduler_type=RoomScheduler.name,
         page_size=PAGE_SIZE,
         max_batch_tokens=rows + PROMPT_TOKENS_PER_STEP,
         max_requests_per_batch=rows,
         allow_block_sharing=shares_prefixes,  # reads a common beginning once, such as earlier turns
-        # Samplers draw new numbers at each step, and a recorded graph would not. They know the
-        # rows of one step only, so each step must end before the next one is prepared.
-        use_cuda_graph=False,
-        use_async_batching=False,
+        # To launch a step's kernels one by one takes longer than to compute them.
+        use_cuda_graph=on_gpu,
+        use_async_batching=on_gpu,  # prepares the next step meanwhile
+        kv_padding_interval_size=GRAPH_TOKENS,
         # If flash attention is installed, it computes only on a GPU, and only in 2-byte numbers.
-        auto_switch_to_flash=model.device.type == "cuda" and model.dtype.itemsize == 2,
+        auto_switch_to_flash=on_gpu and model.dtype.itemsize == 2,
     )
     # By default, the cache would take most of the memory. On a CPU, each step would then cost more
     # time. On a GPU, there may be other replicas.
@@ -75,9 +77,11 @@ def start_manager(
     config.num_blocks = max(1, tokens // PAGE_SIZE)
     manager = model.init_continuous_batching(continuous_batching_config=config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(
-        LogitsProcessorList([RequestsLogitsProcessor()])
+        LogitsProcessorList([RequestsLogitsProcessor(manager)])
     )
     manager.logit_processor.tensors_required = 1
+    # `load_model` turns it off, since it plans anew for each length. Here, only few are left.
+    torch.backends.cuda.enable_cudnn_sdp(True)
     problems: list[Exception] = []
 
     def start() -> None:
@@ -211,6 +215,9 @@ class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
     supported_kwargs: ClassVar[dict[str, Any]] = {"sampler": (Sampler, type(None))}
     ignored_kwargs = ()
 
+    def __init__(self, manager: ContinuousBatchingManager) -> None:
+        self.manager = manager
+
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
 
@@ -219,9 +226,16 @@ class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
     ) -> torch.Tensor:
         """Called before each step, with the requests in the order of their logits."""
         samplers = [
-            request.state.logit_processor_kwargs["sampler"] for request in requests_with_new_token
+            request.state.logit_processor_kwargs.get("sampler")  # a warm-up's requests have none
+            for request in requests_with_new_token
         ]
         self.rows = SamplingLogitsProcessor(samplers)
+        # A graph would replay the samplers' old draws, or none.
+        runner = self.manager.batch_processor.model_runner
+        graphs = self.manager.continuous_batching_config.cuda_graph_booleans
+        if any(sampler is not None for sampler in samplers):
+            graphs = False, False
+        runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode = graphs
         return torch.zeros(len(samplers), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
