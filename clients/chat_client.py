@@ -65,7 +65,9 @@ def print_reply(connection: ChatConnection, prompt: str, marker: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Chat with a Chatbot.", epilog=HELP)
+    parser = argparse.ArgumentParser(
+        description="Chat with a Chatbot.", epilog=f"At a terminal, not from a pipe: {HELP}"
+    )
     parser.add_argument("--end-of-response", default="<>", help="the marker after each reply")
     add_options(parser, "ws://localhost:8000/")
     options = parser.parse_args()

@@ -9,11 +9,11 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import requests
 from urllib3.exceptions import ProtocolError
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 PROBE_TIMEOUT_S = 5  # while a bot loads its model, it may not answer a request
 PROBE_EVERY_S = 0.5
@@ -61,7 +61,10 @@ def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> st
 
     Prints that it waits. The caller's own request shows whether something answers in the end.
     """
-    url = options.url.replace("ws", "http", 1) if options.url.startswith("ws") else options.url
+    asked = urlsplit(options.url)  # every bot answers this GET, but not each one that of its own
+    url = asked._replace(
+        scheme=asked.scheme.replace("ws", "http", 1), path=f"{asked.path.rstrip('/')}/v1/models"
+    ).geturl()
     deadline = time.monotonic() + options.wait
     said = False
     while (response := probe(url, headers)) is None and time.monotonic() < deadline:
@@ -112,7 +115,8 @@ def exit_on_error(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except Refused as error:
-        sys.exit(printable(str(error)))
+        hint = " (the Chatbot? ask it with clients/chat_client.py)" if error.status == 405 else ""
+        sys.exit(printable(f"{error}{hint}"))
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except requests.exceptions.ChunkedEncodingError:
@@ -129,7 +133,9 @@ def exit_on_error(options: argparse.Namespace) -> Iterator[None]:
             sys.exit(f"{url} closed the connection before it answered")
         sys.exit(f"nothing answers at {url}: is a bot running? (serve run textbot:app)")
     except (requests.RequestException, WebSocketException, ssl.SSLError) as error:
-        sys.exit(f"cannot talk to {url}: {error}")
+        refused = isinstance(error, InvalidStatus) and error.response.status_code == 403
+        hint = " (not the Chatbot? ask it with clients/stream_client.py)" if refused else ""
+        sys.exit(f"cannot talk to {url}: {error}{hint}")
     except OSError:
         sys.exit(f"nothing answers at {url}: is a bot running? (serve run chatbot:app)")
     except KeyboardInterrupt:

@@ -61,7 +61,7 @@ class Row:
             self.outcome = outcome_of(answer.response.status_code)
         except ConnectionClosedError as closed:
             code = closed.rcvd.code if closed.rcvd else 1006
-            self.outcome = "refused" if code in REFUSED else f"failed: closed with {code}"
+            self.outcome = f"{'refused' if code in REFUSED else 'failed: closed with'} {code}"
         except ReplyError as error:
             self.outcome = str(error)
         except Exception as error:  # any error is this row's outcome
@@ -76,7 +76,7 @@ class Row:
 
 
 def outcome_of(status: int) -> str:
-    return f"failed: {status}" if status >= 500 and status != 503 else "refused"
+    return f"{'failed:' if status >= 500 and status != 503 else 'refused'} {status}"
 
 
 def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> Iterator[str]:
@@ -112,7 +112,7 @@ def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: 
     table = Table(title=Text(title), title_justify="left", expand=True)
     table.add_column("prompt", max_width=28, no_wrap=True, overflow="ellipsis")
     table.add_column("reply", ratio=1, overflow="fold")
-    table.add_column("first", justify="right", min_width=7)
+    table.add_column("first text", justify="right", min_width=7)
     table.add_column("tokens/s", justify="right")
     table.add_column("state", min_width=8)
     for row in rows:

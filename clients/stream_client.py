@@ -32,7 +32,7 @@ def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[str
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print a reply as it streams in.")
     parser.add_argument("prompt", nargs="?", default="Tell me a story about dogs.")
-    parser.add_argument("--max-new-tokens", type=int, help="the most that the reply may have")
+    parser.add_argument("--max-new-tokens", type=int, help="of the reply, at most")
     add_options(parser, "http://localhost:8000/")
     options = parser.parse_args()
     body = {"prompt": options.prompt}

@@ -385,6 +385,15 @@ def test_a_given_key_takes_precedence_over_one_in_netrc(bots: Bots, tmp_path, mo
     assert "405" in run(STREAM, *options).stderr  # not 401: the bot has a page here, but no POST
 
 
+def test_a_client_for_other_bots_names_the_one_to_use(bots: Bots):
+    refused = run(STREAM, "--url", bots.chatbot.http)
+    assert refused.stderr.endswith("(the Chatbot? ask it with clients/chat_client.py)\n")
+    url = bots.textbot.http.replace("http", "ws")
+    refused = run(CHAT, "--url", url, stdin="Hello!\n")
+    assert refused.stderr.endswith("(not the Chatbot? ask it with clients/stream_client.py)\n")
+    assert refused.returncode == 1
+
+
 @pytest.mark.parametrize(("script", "scheme"), [(STREAM, "https"), (CHAT, "wss")])
 def test_the_clients_report_a_server_without_tls(bots: Bots, script, scheme):
     url = f"{scheme}://{bots.textbot.address}"
@@ -432,7 +441,8 @@ def test_the_stream_client_reports_a_server_that_closes_without_an_answer():
 
 
 @pytest.mark.parametrize(
-    ("code", "outcome"), [(1013, "refused"), (1009, "refused"), (1011, "failed: closed with 1011")]
+    ("code", "outcome"),
+    [(1013, "refused 1013"), (1009, "refused 1009"), (1011, "failed: closed with 1011")],
 )
 def test_the_load_client_knows_a_refusal_by_its_code(code, outcome):
     def close(websocket: ServerConnection) -> None:
@@ -443,7 +453,7 @@ def test_the_load_client_knows_a_refusal_by_its_code(code, outcome):
         row.run(load_client_parser().parse_args(["--url", url]), {}, 0)
     assert row.outcome == outcome
     statuses = [outcome_of(status) for status in (422, 500, 503)]
-    assert statuses == ["refused", "failed: 500", "refused"]
+    assert statuses == ["refused 422", "failed: 500", "refused 503"]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
-"""Describes `POST /` to FastAPI, which cannot see what `read_request` reads."""
+"""Describes `POST /` to FastAPI, which cannot see what `reader` reads."""
 
 from typing import Annotated, Any
 
 from fastapi import Depends
 
-from streaming_bots.http.request import TextRequest, read_request
+from streaming_bots.http.request import TextRequest, reader
 from streaming_bots.http.response import TextStream
-
-PromptRequest = Annotated[TextRequest, Depends(read_request)]
 
 
 def _property(schema: dict[str, Any]) -> dict[str, Any]:
@@ -45,37 +43,44 @@ PROBLEMS = {
         "required": ["loc", "msg", "type"],
     },
 }
-PARAMETERS = {
-    name: _property(schema)
-    for name, schema in TextRequest.model_json_schema()["properties"].items()
-}
 
-# For `@api.post`.
-PROMPT_ROUTE: dict[str, Any] = {
-    "status_code": 200,
-    "response_class": TextStream,
-    "response_description": "The reply, as the model writes it",
-    "openapi_extra": {
-        "parameters": [
-            {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS.items()
-        ],
-        "requestBody": described(
-            "The same parameters, for what is long or private; they go before those of the query",
-            "application/json",
-            {"type": "object", "properties": PARAMETERS, "additionalProperties": False},
-        ),
-    },
-    "responses": {
-        400: {
-            "description": "The bot does not answer for this host, or a header is not a client's",
-            "content": {
-                "text/plain": {"schema": TEXT},
-                "application/json": {"schema": _detailed(TEXT)},
-            },
+
+def prompt_route(kind: type[TextRequest]) -> dict[str, Any]:
+    """Return arguments for `@api.post`, for a route that takes requests of this kind."""
+    schemas = kind.model_json_schema()["properties"]
+    parameters = {name: _property(schema) for name, schema in schemas.items()}
+    return {
+        "status_code": 200,
+        "response_class": TextStream,
+        "response_description": "The reply, as the model writes it",
+        "openapi_extra": {
+            "parameters": [
+                {"name": name, "in": "query", "schema": schema}
+                for name, schema in parameters.items()
+            ],
+            "requestBody": described(
+                "The same parameters, for what is long or private; they go before those of the "
+                "query",
+                "application/json",
+                {"type": "object", "properties": parameters, "additionalProperties": False},
+            ),
         },
-        **{status: _error(description, TEXT) for status, description in ERRORS.items()},
-        413: _error("The prompt or the body is too long", TEXT),
-        422: _error("A parameter is missing or wrong", PROBLEMS),
-        503: described("Too many requests wait already", "text/plain", TEXT),
-    },
-}
+        "responses": {
+            400: {
+                "description": "The bot does not answer for this host, or a header is not a "
+                "client's",
+                "content": {
+                    "text/plain": {"schema": TEXT},
+                    "application/json": {"schema": _detailed(TEXT)},
+                },
+            },
+            **{status: _error(description, TEXT) for status, description in ERRORS.items()},
+            413: _error("The prompt or the body is too long", TEXT),
+            422: _error("A parameter is missing or wrong", PROBLEMS),
+            503: described("Too many requests wait already", "text/plain", TEXT),
+        },
+    }
+
+
+PromptRequest = Annotated[TextRequest, Depends(reader(TextRequest))]
+PROMPT_ROUTE = prompt_route(TextRequest)

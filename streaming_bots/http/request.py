@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -109,20 +110,25 @@ async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_S
     return bytes(body)
 
 
-async def read_request(request: Request) -> TextRequest:
-    """Read the request's parameters, from the query or from a JSON body with the same names.
+def reader(kind: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+    """Return a dependency of FastAPI that reads a request of this kind.
 
-    A request that does not limit the reply gets the deployment's `max_new_tokens`. No request may
-    ask for more. Raises RequestValidationError (422), which names the field.
+    Its parameters are in the query, or in a JSON body with the same names. A request that does not
+    limit the reply gets the deployment's `max_new_tokens`. No request may ask for more. Raises
+    RequestValidationError (422), which names the field.
     """
-    given, place = query_fields(request.query_params), "query"
-    if body := await read_body(request):
-        place = "body"
-        try:
-            given |= parse_object(body)
-        except ValueError as error:
-            raise not_json(error) from None
-    return validate(TextRequest, given, place)
+
+    async def read_request(request: Request) -> Model:
+        given, place = query_fields(request.query_params), "query"
+        if body := await read_body(request):
+            place = "body"
+            try:
+                given |= parse_object(body)
+            except ValueError as error:
+                raise not_json(error) from None
+        return validate(kind, given, place)
+
+    return read_request
 
 
 def not_json(error: ValueError) -> RequestValidationError:
