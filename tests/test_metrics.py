@@ -20,7 +20,7 @@ from websockets.sync.client import connect
 
 from streaming_bots.http import middleware
 from streaming_bots.http.middleware import OutcomeMiddleware
-from streaming_bots.operations.metrics import SetGauge
+from streaming_bots.operations.metrics import GAPS_PER_TURN, BotMetrics, SetGauge
 
 REPORTED_S = 60  # Ray reports counters every few seconds
 CALLERS = {
@@ -156,3 +156,27 @@ def test_a_client_that_leaves_while_its_request_is_read_counts_as_cancelled(left
     with pytest.raises(left):
         asyncio.run(OutcomeMiddleware(leave)({"type": "http", "method": "POST"}, leave, leave))
     assert outcomes == ["cancelled"]
+
+
+def test_a_long_reply_is_observed_on_several_turns_of_the_event_loop():
+    metrics = BotMetrics.__new__(BotMetrics)  # whose metrics are not those of Ray
+    metrics.tokens = metrics.prompt_tokens = metrics.first_token = metrics.inter_token = Mock()
+    reply = SimpleNamespace(
+        token_times=[float(2**power) for power in range(1000)],
+        reply_tokens=1000,
+        input_ids=[1],
+        cached_tokens=0,
+        options=SimpleNamespace(asked=0.0),
+    )
+
+    async def test() -> None:
+        metrics.record_reply(reply)
+        seen = metrics.inter_token.observe.mock_calls
+        assert len(seen) < 1000
+        while len(seen) < 1000:
+            before = len(seen)
+            await asyncio.sleep(0)
+            assert 0 < len(seen) - before <= GAPS_PER_TURN
+        assert seen == [call(1.0), *(call(time) for time in reply.token_times[:-1])]
+
+    asyncio.run(test())
