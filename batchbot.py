@@ -21,7 +21,7 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, BatchbotSettings, BatchSettings
 
-# What run_model yields for one caller: text, "" if there is none yet, an error, or the end.
+# What run_model yields for a caller: text, "" if there is none yet, an error, or Serve's end mark.
 Item = str | Exception | type[StopIteration]
 
 api = create_app("Batchbot")
@@ -36,22 +36,22 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     """
 
     def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows  # that `generate` is running now
-        # For each step, one list: for each row, the text that it completed, and the end or None.
-        # The model's thread puts them; the event loop reads them, and then the end or an error.
+        self.rows = rows  # those that `generate` is running now
+        # One list for each step: each row, the text that the step completed, and the row's end or
+        # None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # whether `generate` was told to; a GPU's one step more is dropped
+        self.stopped = False  # `generate` may then run one step more, and drop it
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
-    # Called by `generate` in the model's thread: in each step `__call__`, then `put`, and at last
-    # `end`. `put` relies on this order, that of transformers 5.23.
+    # Called by `generate` in the model's thread: in each step `__call__`, then `put`, which takes
+    # the text that `__call__` has decoded (the order of transformers 5.23), and at last `end`.
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Give each row its new token to decode, and say whether to stop: shape (rows,)."""
         if not self.stopped:
             for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-                row.add(token)  # sets row.end: end token, limit, stop string, error, or cancelled
+                row.add(token)  # sets row.end: an error, or StopIteration at any other end
             running = [] if self.cancelled else self.rows  # if cancelled, keep none
             self.kept = [index for index, row in enumerate(running) if not row.end]
             self.stopped = len(self.kept) < len(self.rows)
@@ -60,7 +60,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     def put(self, value: torch.Tensor) -> None:
         """Hand over each row's new text and end, on a step's tokens, of shape (rows,)."""
         if value.dim() == 1:  # not on the prompts, which come first
-            self.steps.min_interval = min_interval(len(self.rows))  # fewer, longer chunks
+            self.steps.min_interval = min_interval(len(self.rows))  # more rows: longer chunks
             self.steps.put([(row, row.take_text(), row.end) for row in self.rows])
 
     def end(self) -> None:
@@ -68,8 +68,8 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         if not self.kept:
             self.steps.end()
 
-    # Called by ModelThread: `end`, in place of generate_text, if the streamer is `done` before its
-    # turn; `fail` with what generate_text raises; `fail` and then `cancel` if the model hangs.
+    # Called by ModelThread: `end`, without generate_text, if the streamer is `done` at its turn;
+    # `fail` with what generate_text raises; `fail`, then `cancel`, if the model hangs for good.
 
     @property
     def done(self) -> bool:
@@ -96,13 +96,13 @@ class Batchbot(Bot):
         # Shorter prompts are padded on the left, since replies are appended on the right.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
-        self.limit_context(padding.batch_context(self.model, self.context))  # with longrope
+        self.limit_context(padding.batch_context(self.model, self.context))  # less with longrope
         padding.check_padding(self.model)  # raises if padding would change the model's replies
-        self.cuts_cache = padding.can_cut_cache(self.model)  # to continue without some rows
+        self.cuts_cache = padding.can_cut_cache(self.model)  # else keep_rows computes all again
         # A single thread calls generate_text for one batch after another.
         self.engine = ModelThread(self.model, self.generate_text, self.settings)
-        # Serve would collect the requests that arrive during a batch into many small batches. So
-        # they wait for this event, and then form one.
+        # Serve runs one batch at a time, but would close another, small one each
+        # batch_wait_timeout_s. So requests wait for this event during a batch, and then form one.
         self.model_is_free = asyncio.Event()
         self.model_is_free.set()
 
@@ -114,14 +114,14 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
+        """Stream the reply. If the model fails: a 500 before the first text, later a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # reads it at once; a disconnect closes it
+        return await TextStream.start(reply)  # awaits its first text; a disconnect closes it
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation. It queues for a batch when it is first read."""
-        input_ids = await self.encode(messages, options)  # a 413 if it leaves no room for the reply
+        input_ids = await self.encode(messages, options)  # a 413 if max_new_tokens would not fit
         row = Row(self.tokenizer, input_ids, options, self.end_tokens, self.model.device)
         return Reply(row, self.stream_row(row))
 
@@ -136,14 +136,14 @@ class Batchbot(Bot):
                 if item:
                     yield item
         finally:
-            row.cancelled = row.end is None  # if so, the row ends at its next token
+            row.cancelled = row.end is None  # a running row then ends at its next token
             self.metrics.waiting.discard(row)
             self.metrics.running.discard(row)
             self.metrics.record_reply(row)
 
     @serve.batch()  # reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
-        """Run a batch. Serve gives each caller the items at its index, until it has ended."""
+        """Run a batch. Serve gives each caller the items at its index, until its StopIteration."""
         self.model_is_free.clear()
         self.metrics.waiting.discard(*rows)
         self.metrics.running.add(*rows)
@@ -160,7 +160,7 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model in the engine's thread. Each row's sampler draws, and masks the others."""
+        """Run the model in the engine's thread. Samplers draw the rows' tokens, masking others."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
@@ -183,8 +183,8 @@ class Batchbot(Bot):
     async def consume_streamer(
         self, rows: list[Row], streamer: RawStreamer
     ) -> AsyncGenerator[list[Item]]:
-        """Yield lists of one item per row: text, and in a list of its own the row's end."""
-        async for steps in streamer.steps:  # all since the last list
+        """Yield a list of texts, one for each row, and then, if rows have ended, one of ends."""
+        async for steps in streamer.steps:  # all steps since the last time
             texts, ends = dict.fromkeys(rows, ""), dict[Row, Item]()
             for row, text, end in chain.from_iterable(steps):
                 texts[row] += text
@@ -199,4 +199,4 @@ def build(settings: BatchbotSettings) -> serve.Application:
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if it is unreachable
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if the hub is down

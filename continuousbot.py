@@ -26,41 +26,41 @@ class Continuousbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
-        # The ContinuousBatchingManager of transformers runs the model in its own thread. A step
-        # writes a token of each request. Between steps, requests leave, and up to max_batch_size
-        # join as the KV cache has room. A failed step fails all, and Serve replaces the replica.
+        # The ContinuousBatchingManager of transformers runs the model in its own thread. Between
+        # steps of a token each, requests leave, and others join if max_batch_size and the KV cache
+        # allow. A failed step fails all, and Bot.check_health makes Serve replace the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
-        self.limit_context(self.engine.context, self.engine.context_reason)  # by the KV cache
+        self.limit_context(self.engine.context, self.engine.context_reason)  # by its KV cache
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500 before the first text, else a cut body."""
+        """Stream the reply. If the model fails: a 500 before the first text, later a cut body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # reads it at once; a disconnect closes it
+        return await TextStream.start(reply)  # awaits its first text; a disconnect closes it
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # a 413 if it leaves no room for the reply
+        input_ids = await self.encode(messages, options)  # a 413 if max_new_tokens would not fit
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.generate_text(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows its end
+        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows why it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
         """Queue a request with the manager, and return at once.
 
-        The manager ends it at an end token or its own `max_new_tokens`. For each token, it calls
-        the streamer on the event loop. A logits processor draws it by the request's options.
+        The manager ends it at an end token or the request's `max_new_tokens`. A logits processor
+        draws each token, and masks all others. The streamer gets it on the event loop.
         """
         self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if closed early, take it out of the batch."""
+        """Yield the reply's text as it arrives; if closed early, take it off batch or queue."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # stops or dequeues it; no effect after its end
+            self.engine.cancel(streamer)  # has no effect after its end
             self.metrics.record_reply(streamer)
 
 
@@ -69,4 +69,4 @@ def build(settings: ContinuousbotSettings) -> serve.Application:
     return settings.bind(Continuousbot)
 
 
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if offline
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if the hub is down
