@@ -31,13 +31,13 @@ def order_of_ends(address: str) -> str:
 
 
 def main() -> None:
+    print("A client asks for a story. Once it has begun, another client says hello.", flush=True)
     # A step takes 50 ms, as with a larger model.
     static, continuous = (
         instrumented(bot, step_s=0.05).bind(BUNDLED) for bot in (Batchbot, Continuousbot)
     )
     with served(static, continuous) as (static_address, continuous_address):
-        print("A client asks for a story. Once it has begun, another client says hello.")
-        print("batchbot.py:", order_of_ends(static_address))
+        print("batchbot.py:", order_of_ends(static_address), flush=True)
         print("continuousbot.py:", order_of_ends(continuous_address))
 
 

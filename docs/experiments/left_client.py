@@ -18,14 +18,15 @@ def leave_early(address: str) -> int:
 
 
 def main() -> None:
+    print("A client reads the first word of a story, and leaves.", flush=True)
     smallest = instrumented(SmallestBot, step_s=0.05).bind(str(BUNDLED_FOLDER))
     ours = instrumented(Textbot, step_s=0.05).bind(BUNDLED)
     with served(smallest, ours) as (its_address, our_address):
         requests.post(f"http://{its_address}", params=PROMPT)
         story = steps_in_all(its_address)
-        print(f"The story has {story} tokens. A client reads its first word and leaves.")
+        print(f"The story has {story} tokens.", flush=True)
         wasted = leave_early(its_address) - story
-        print(f"smallest_bot.py: the model wrote {wasted} tokens.")
+        print(f"smallest_bot.py: the model wrote {wasted} tokens.", flush=True)
         stopped = leave_early(our_address) < story // 2
         print(f"textbot.py: the model {'stopped early' if stopped else 'went on'}.")
 

@@ -74,9 +74,10 @@ def chat_with_ours(address: str) -> str:
 
 
 def main() -> None:
+    print(f"A client sends the same prompt up to {EXCHANGES} times.", flush=True)
     endless = EndlessChatbot.bind(str(BUNDLED_FOLDER))
     with served(endless, Chatbot.bind(BUNDLED)) as (its_address, our_address):
-        print(f"one growing string: {chat_with_endless(its_address)}")
+        print(f"one growing string: {chat_with_endless(its_address)}", flush=True)
         print(f"chatbot.py: {chat_with_ours(our_address)}")
 
 

@@ -44,10 +44,10 @@ def main() -> None:
     apps = [
         instrumented(bot, failing_step=FAILING_STEP).bind(model) for bot, model in bots.values()
     ]
-    print(f"The model fails at token {FAILING_STEP}.")
+    print(f"The model fails at token {FAILING_STEP}.", flush=True)
     with served(*apps) as addresses:
         for name, address in zip(bots, addresses, strict=True):
-            print(f"{name}: {ask(address)}")
+            print(f"{name}: {ask(address)}", flush=True)
 
 
 if __name__ == "__main__":

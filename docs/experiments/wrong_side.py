@@ -28,20 +28,21 @@ def ask(address: str, prompt: str) -> str:
     return requests.post(f"http://{address}", params=params).text
 
 
-def show(title: str, replies: list[str]) -> None:
-    print(title)
+def show(replies: list[str]) -> None:
     for prompt, reply in zip(PROMPTS, replies, strict=True):
-        print(f"  {prompt} -> {reply.strip()}")
+        print(f"  {prompt} -> {reply.strip()}", flush=True)
 
 
 def main() -> None:
-    show("padded on the right, without a mask:", generate_padded())
+    print("padded on the right, without a mask:", flush=True)
+    show(generate_padded())
+    print("batchbot.py:", flush=True)
     # The batch begins as soon as it has both prompts.
     both = {"max_batch_size": 2, "batch_wait_timeout_s": 60}
     app = Batchbot.options(user_config=both).bind(BUNDLED)
     with served(app) as (address,), ThreadPoolExecutor() as clients:
         replies = list(clients.map(ask, [address] * 2, PROMPTS))
-    show("batchbot.py:", replies)
+    show(replies)
 
 
 if __name__ == "__main__":
