@@ -4,6 +4,7 @@ import pytest
 from scripted_model import EOS, byte_tokenizer
 from tokenizers.normalizers import Replace
 
+from streaming_bots.errors import TemplateRefusal
 from streaming_bots.models import prompt
 from streaming_bots.models.prompt import (
     NoToken,
@@ -50,6 +51,13 @@ def test_a_chat_template_is_used_with_its_generation_prompt(tokenizer):
     tokenizer.chat_template = TEMPLATE
     turns = [*new_conversation("Be kind"), user("Hi")]
     assert tokenizer.decode(encode(turns, tokenizer, 100)) == "[system]Be kind[user]Hi[assistant]"
+
+
+@pytest.mark.parametrize("part", ["raise_exception('no')", "messages[1].content", "1 / 0"])
+def test_whatever_a_chat_template_raises_is_its_refusal(tokenizer, part):
+    tokenizer.chat_template = "{{ " + part + " }}"
+    with pytest.raises(TemplateRefusal):
+        encode([user("Hi")], tokenizer, 100)
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "template"])

@@ -65,7 +65,9 @@ def start_manager(
         allow_block_sharing=shares_prefixes,  # reads a common beginning once, such as earlier turns
         # To launch a step's kernels one by one takes longer than to compute them.
         use_cuda_graph=on_gpu,
-        use_async_batching=on_gpu,  # prepares the next step meanwhile
+        # Preparing a step during the one before fails in transformers if a request is cancelled
+        # then, and loses a sampler's draw if a request has to leave the cache.
+        use_async_batching=False,
         kv_padding_interval_size=GRAPH_TOKENS,
         # If flash attention is installed, it computes only on a GPU, and only in 2-byte numbers.
         auto_switch_to_flash=on_gpu and model.dtype.itemsize == 2,
