@@ -5,6 +5,7 @@ import binascii
 import math
 from collections.abc import Callable, Iterable, Sequence
 from hmac import compare_digest
+from itertools import chain
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,6 +24,7 @@ CHALLENGE = {"WWW-Authenticate": "Bearer"}
 STEERING = {"x-request-disconnect-disabled", "serve-multiplexed-model-id"}
 TIMEOUT = "x-request-timeout-seconds"  # a client may set its own, but 0 would mean none
 MAX_PARAMETERS = 50  # of a query
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # uvicorn itself sets no limit
 
 
 class AccessMiddleware:
@@ -57,7 +59,8 @@ def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
     )
     origins = bot.settings.allowed_origins
     app = CheckMiddleware(app, lambda scope: check_origin(scope, origins))
-    return TrustedHostMiddleware(app, bot.settings.allowed_hosts, www_redirect=False)
+    app = TrustedHostMiddleware(app, bot.settings.allowed_hosts, www_redirect=False)
+    return CheckMiddleware(app, check_size)
 
 
 class CheckMiddleware:
@@ -69,6 +72,15 @@ class CheckMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self.check(scope) or self.app)(scope, receive, send)
+
+
+def check_size(scope: Scope) -> Response | None:
+    """Return a 431 for so many headers that the other checks would hold the event loop."""
+    headers = scope["headers"]
+    if len(headers) <= MAX_HEADERS and sum(map(len, chain(*headers))) <= MAX_HEADER_BYTES:
+        return None
+    problem = f"more than {MAX_HEADERS} headers, or {MAX_HEADER_BYTES} bytes of them"
+    return JSONResponse({"detail": problem}, 431)
 
 
 def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | None:

@@ -32,6 +32,7 @@ ERRORS = {
     401: "The key is missing or wrong",
     403: "Web pages of this origin may not ask",
     408: "The body did not come in time",
+    431: "The request has too many headers, or too long ones",
     500: "The reply failed before its first text",
 }
 TEXT = {"type": "string"}
