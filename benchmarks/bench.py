@@ -2,12 +2,11 @@
 
     bench.py load http://localhost:8000/v1 --streams 16       any of our bots
     bench.py load http://localhost:8001/v1 --model NAME       any server that speaks OpenAI's API
-    bench.py compare --model gpt2-shape --cpus 1              a set, interleaved, in one run
+    bench.py compare --model gpt2-shape --cpus 1              several servers in one run
     bench.py compare --model llama-1b-shape --gpus 1          the same on a GPU
 
-`compare` starts one server after another, alone on the machine. Before each measurement, it stops
-the server for a moment, and measures `generate` in its place. If the machine gets slower, it does
-so for both. Needs port 8000 and the extra `bench`.
+`compare` starts one server at a time. Before each measurement, it suspends the server and measures
+`generate` alone. So a machine that slows down affects both. Needs port 8000 and the extra `bench`.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from servers import REPOSITORY, Server, our_bot, peer, stopped
 
 
 class InProcess:
-    """Runs `generate`, or continuous batching, in a process that waits to be asked."""
+    """A process that measures `generate`, or continuous batching, on request."""
 
     def __init__(self, way: str, model: Path, options: argparse.Namespace) -> None:
         command = [sys.executable, "benchmarks/in_process.py", way, "--model", str(model)]
@@ -88,7 +87,7 @@ def measure_in_process(
     batch: InProcess, limit: InProcess, options: argparse.Namespace
 ) -> dict[int, Any]:
     results = {}
-    batch.measure(1)  # so that it is ready and idle
+    batch.measure(1)  # until it is ready and idle
     for count in options.streams:
         most, speed = limit.measure(count), batch.measure(count)
         results[count] = {"limit": most, "tokens_per_s": speed, "failures": 0}
@@ -101,14 +100,14 @@ def ignore(reply: Reply) -> None:
 
 
 def memory_mb() -> float | None:
-    """Return the anonymous memory (RssAnon) of the running replica."""
+    """Return the anonymous memory (RssAnon) of the running replica, in MiB."""
     for process in psutil.process_iter():
         try:
             if "ServeReplica" in "".join(process.cmdline()):
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 used = next(line for line in lines if line.startswith("RssAnon"))
                 return int(used.split()[1]) / 1024
-        except (psutil.Error, OSError):  # it has just ended
+        except (psutil.Error, OSError):  # the process has just ended
             continue
     return None
 
@@ -116,7 +115,7 @@ def memory_mb() -> float | None:
 def measure_rounds(
     servers: list[Server], model: Path, log: Path, options: argparse.Namespace
 ) -> tuple[dict[str, list[dict[int, Any]]], dict[str, float | None]]:
-    """Return each server's rounds, and its replica's memory."""
+    """Return, by server, the results of each round by streams, and the replica's memory in MiB."""
     rounds: dict[str, list[dict[int, Any]]] = {}
     memory: dict[str, float | None] = {}
     with InProcess("generate", model, options) as limit:
@@ -151,7 +150,7 @@ def compare(options: argparse.Namespace) -> None:
         "options": {
             name: value
             for name, value in vars(options).items()
-            if name not in ("run", "output", "peer")  # paths of this machine
+            if name not in ("run", "output", "peer")  # not paths of this machine
         },
         "float32_weights_mb": weights,
         "replica_rss_anon_mb": memory,
@@ -218,38 +217,38 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True)
 
-    one = commands.add_parser("load", help="load on a server that runs")
+    one = commands.add_parser("load", help="load a running server")
     one.set_defaults(run=load)
-    one.add_argument("url", help="up to and with /v1")
-    one.add_argument("--model", help="its name there; a bot needs none")
-    one.add_argument("--streams", type=int, default=4, help="clients at once")
-    one.add_argument("--requests", type=int, default=4, help="of each client")
-    one.add_argument("--tokens", type=int, default=48, help="of each reply")
-    one.add_argument("--rate", type=float, help="requests a second, instead of so many at once")
-    one.add_argument("--seconds", type=float, default=60, help="with --rate")
+    one.add_argument("url", help="base URL, including /v1")
+    one.add_argument("--model", help="the model's name there; bots need none")
+    one.add_argument("--streams", type=int, default=4, help="number of concurrent clients")
+    one.add_argument("--requests", type=int, default=4, help="requests per client")
+    one.add_argument("--tokens", type=int, default=48, help="tokens per reply")
+    one.add_argument("--rate", type=float, help="Poisson arrivals per second, instead of --streams")
+    one.add_argument("--seconds", type=float, default=60, help="duration with --rate")
 
-    many = commands.add_parser("compare", help="servers, limits and peers in one run")
+    many = commands.add_parser("compare", help="compare bots, peers and `generate` in one run")
     many.set_defaults(run=compare)
     many.add_argument(
         "--model", default="gpt2-shape", help="gpt2-shape, llama-1b-shape, or a model's name"
     )
     many.add_argument("--dtype", default="float32")
-    many.add_argument("--cpus", type=int, default=os.cpu_count(), help="of a bot and of a limit")
-    many.add_argument("--gpus", type=float, default=0, help="of a bot; a limit uses the first")
-    many.add_argument("--max-batch-size", type=int, help="of the bots that batch, not their own")
+    many.add_argument("--cpus", type=int, default=os.cpu_count(), help="per bot and `generate`")
+    many.add_argument("--gpus", type=float, default=0, help="per bot; `generate` uses the first")
+    many.add_argument("--max-batch-size", type=int, help="of bots that batch; by default, theirs")
     many.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     many.add_argument("--tokens", type=int, default=48)
     many.add_argument("--rounds", type=int, default=3)
     many.add_argument(
-        "--arrivals", type=float, default=60, help="seconds of the arrival test; 0: none"
+        "--arrivals", type=float, default=60, help="seconds of the arrival test; 0 skips it"
     )
     many.add_argument("--bots", nargs="*", default=["batchbot", "continuousbot", "textbot"])
     many.add_argument("--peer", action="append", default=[], metavar="NAME=URL=COMMAND")
     many.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results")
 
     options = parser.parse_args()
-    # A shell makes its background jobs ignore Ctrl-C, and the servers would, too, but they end by
-    # it. Whichever of these signals ends this program, it ends what it has started.
+    # Background jobs of a shell ignore Ctrl-C, and so would their servers, which must end by it.
+    # Each of these signals ends this program and what it has started.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     options.run(options)

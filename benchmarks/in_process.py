@@ -2,9 +2,9 @@
 
     echo 16 | python benchmarks/in_process.py generate --model ./my-model
 
-Each line of its input is a number of streams. For each line, it prints the tokens per second of
-all streams together. For `cost`, it prints the microseconds that our own code takes for a token,
-early and late in a reply.
+For each line of its input, a number of streams, it prints the tokens per second of all streams
+together. `cost` prints the microseconds per token of our own code, early and late in a reply.
+`quality` reads a text, and prints what a dtype costs beside float32.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.prompt import encode
 
-NEVER = "<never>"  # a token that ends a reply, but has no logit in the model
+NEVER = "<never>"  # an end token for which the model has no logit
 SHAPES = {
     "gpt2-shape": GPT2Config(),  # 124M parameters
     "llama-1b-shape": LlamaConfig(  # 1.24B parameters, as in Llama 3.2
@@ -52,7 +52,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def save_endless(source: str, folder: Path) -> None:
-    """Save a model whose replies always reach their limit, so that all servers do the same work.
+    """Save a model that never ends a reply early, so that all servers do the same work.
 
     `source` is one of the SHAPES, with random weights, or a model's name.
     """
@@ -65,7 +65,7 @@ def save_endless(source: str, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     else:
         _, loaded, tokenizer, _ = load_model(source)
-        # The model is built again, since one that was read from GGUF cannot be saved.
+        # A model that was read from GGUF cannot be saved, so this builds a new one.
         fields = loaded.config.to_dict()
         fields.pop("quantization_config", None)
         model = type(loaded)(type(loaded.config).from_dict(fields))
@@ -104,7 +104,7 @@ class Generate:
 
 
 class Continuous:
-    """Adds all streams to the batch of the manager that the Continuousbot uses."""
+    """Adds all streams to a manager like the Continuousbot's."""
 
     def __init__(self, loaded: LoadedModel, max_batch_size: int) -> None:
         self.loaded = loaded
@@ -120,7 +120,7 @@ class Continuous:
 
 
 class Timed(ReplyStreamer):
-    """Records how many seconds of the model's thread it takes."""
+    """Records in `taken` how many seconds of the model's thread it takes."""
 
     taken = 0.0
 
@@ -137,7 +137,7 @@ class Timed(ReplyStreamer):
 
 
 async def cost_of_tokens(loaded: LoadedModel, windows: list[range]) -> dict[str, float]:
-    """Return microseconds per token, in the model's thread and on the event loop, per window."""
+    """Return microseconds per token, by window: in the model's thread plus on the event loop."""
     ids = prompts(loaded, 1)
     options = ReplyOptions.model_construct(max_new_tokens=windows[-1].stop + 1)
     streamer, marks = Timed(loaded.tokenizer, ids[0], options, []), {}
@@ -173,7 +173,7 @@ def perplexity(loaded: LoadedModel, windows: torch.Tensor) -> float:
 
 
 def agreement(loaded: LoadedModel, exact: LoadedModel, windows: torch.Tensor, tokens: int) -> float:
-    """Return how many tokens at the start of two models' greedy replies are equal, on average."""
+    """Return how many tokens of two models' greedy replies agree before they differ, on average."""
     starts = windows[:, :32]
     options = {"attention_mask": torch.ones_like(starts), "max_new_tokens": tokens}
     replies, expected = (
@@ -184,7 +184,7 @@ def agreement(loaded: LoadedModel, exact: LoadedModel, windows: torch.Tensor, to
 
 
 def compare_quality(loaded: LoadedModel, exact: LoadedModel, text: str, tokens: int) -> None:
-    """Print what a dtype costs: perplexity beside float32's, and how long replies agree."""
+    """Print both models' perplexity, and how many tokens of their replies agree."""
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][0, : 8 * 256]
     windows = ids[: len(ids) // 256 * 256].view(-1, 256)
     print(f"perplexity {perplexity(loaded, windows):.3f}, {perplexity(exact, windows):.3f} exact")

@@ -1,4 +1,4 @@
-"""A load generator. It asks a server for replies, and records when each piece of text arrives."""
+"""A load generator that records when each piece of a reply arrives."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ class Reply:
     """The outcome of one request; times are by time.perf_counter, in seconds."""
 
     asked: float
-    tokens: int  # asked for; in a comparison, models never end a reply earlier
+    tokens: int  # requested; in `compare`, models never end a reply early
     arrivals: list[float] = field(default_factory=list)  # of each piece of text
     ended: float = 0.0
     error: str | None = None
@@ -41,7 +41,7 @@ Ask = Callable[[aiohttp.ClientSession, str, int], AsyncIterator[str]]
 
 
 def openai(url: str, model: str | None = None) -> Ask:
-    """Ask a server that speaks OpenAI's chat completions, at the URL up to and with `/v1`."""
+    """Return a function that asks OpenAI's route of the server at `url`, which includes /v1."""
 
     async def ask(session: aiohttp.ClientSession, prompt: str, tokens: int) -> AsyncIterator[str]:
         body = {
@@ -88,7 +88,7 @@ def _session() -> aiohttp.ClientSession:
 async def closed_loop(
     ask: Ask, streams: int, requests_each: int, tokens: int, done: Callable[[Reply], None]
 ) -> list[Reply]:
-    """Run `streams` clients at once. Each asks again as soon as it has its reply."""
+    """Run `streams` clients at once. Each sends its next request when it has its reply."""
 
     async def client(session: aiohttp.ClientSession, number: int) -> list[Reply]:
         replies = []
@@ -106,9 +106,9 @@ async def closed_loop(
 async def open_loop(
     ask: Ask, rate: float, seconds: float, lengths: tuple[int, int], done: Callable[[Reply], None]
 ) -> list[Reply]:
-    """Send Poisson arrivals, `rate` a second whatever their outcome, with replies of mixed lengths.
+    """Send Poisson arrivals, `rate` per second, whatever their outcome.
 
-    Every call has the same arrivals and the same lengths, which are uniform on a logarithmic scale.
+    Every call has the same arrivals and reply lengths, which are uniform on a logarithmic scale.
     """
     chance = random.Random(0)
     low, high = lengths
@@ -138,7 +138,7 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def summarize(replies: list[Reply]) -> dict[str, float]:
-    """Return throughput in tokens per second, and times in milliseconds."""
+    """Return counts, throughput in tokens per second, and TTFT and ITL in milliseconds."""
     whole = [reply for reply in replies if reply.error is None]
     result: dict[str, float] = {"requests": len(replies), "failures": len(replies) - len(whole)}
     if whole:

@@ -1,4 +1,4 @@
-"""Writes the measurements as a table, a plot and numbers."""
+"""Writes measurements as a table, a plot and JSON."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 GENERATE = "`generate` in process"
 CONTINUOUS = "continuous batching in process"
-LENGTHS = (8, 256)  # tokens of a reply in the arrival test
+LENGTHS = (8, 256)  # shortest and longest reply in the arrival test, in tokens
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:

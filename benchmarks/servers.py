@@ -1,4 +1,4 @@
-"""Starts servers to measure, suspends them for a while, and ends them."""
+"""Starts, suspends and ends the servers to measure."""
 
 import os
 import shlex
@@ -19,17 +19,17 @@ from load import Ask, openai
 REPOSITORY = Path(__file__).parent.parent
 SETTINGS = {
     "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
-    # Ray's workers get the priority of its daemons, and the controller looks around less often.
+    # Ray's workers get the priority of its daemons, and the controller runs less often.
     "calm": {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"},
 }
-START_S = 300  # the most that a server may take to start
-END_S = 120  # the most that it may take to end; HAProxy takes half a minute
-SETTLE_S = 1  # until a stopped server has noticed what it missed
+START_S = 300  # longest start of a server
+END_S = 120  # longest end; HAProxy takes half a minute
+SETTLE_S = 1  # until a resumed server has caught up
 
 
 @dataclass
 class Server:
-    """A server that answers at a URL once its command has run for a while."""
+    """A server, the command that starts it, and how to ask it."""
 
     name: str
     command: list[str]
@@ -67,7 +67,7 @@ class Server:
 
 @contextmanager
 def stopped(server: psutil.Process) -> Iterator[None]:
-    """Suspend a server, and all processes that it has started, for a while."""
+    """Suspend a server and its child processes during the `with` block."""
     family = [server, *server.children(recursive=True)]
     try:
         signal_all(family, signal.SIGSTOP)
@@ -98,7 +98,7 @@ def answers(url: str) -> bool:
 
 
 def our_bot(name: str, model: Path, arguments: list[str]) -> Server:
-    """Return a bot by name: `textbot`, or `textbot+haproxy+calm` with some of the SETTINGS."""
+    """Return a bot by name, such as `textbot`, or `textbot+haproxy+calm` with those SETTINGS."""
     module, *settings = name.split("+")
     environment = {key: value for name in settings for key, value in SETTINGS[name].items()}
     return Server(

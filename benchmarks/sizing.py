@@ -1,8 +1,7 @@
 """Measures a chat's cost to a replica and to Serve's proxy: `python benchmarks/sizing.py`.
 
-Opens sockets to a Chatbot with tiny-dialog, sends prompts on some of them, and reads the memory
-and processor time of the processes. Prints a JSON object, with which deploy/SCALING.md calculates.
-Needs port 8000.
+Opens sockets to a Chatbot with tiny-dialog, sends prompts on some of them, and prints the memory
+and processor time per socket as JSON, for the estimates in deploy/SCALING.md. Needs port 8000.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 from streaming_bots.models.source import BUNDLED_FOLDER
 
 URL = "ws://127.0.0.1:8000/"
-SETTLE_S = 3  # until the effects of a change are over
+SETTLE_S = 3  # until the processes are idle again
 
 
 def processes(server: psutil.Process) -> dict[str, psutil.Process]:
@@ -34,7 +33,7 @@ def processes(server: psutil.Process) -> dict[str, psutil.Process]:
 
 
 def memory_mb(process: psutil.Process) -> float:
-    """Return the memory that would be free without this process."""
+    """Return the memory that only this process uses, in MB."""
     return process.memory_full_info().uss / 1e6
 
 
@@ -45,7 +44,7 @@ def seconds(process: psutil.Process) -> float:
 
 
 def speak(websocket: ClientConnection) -> int:
-    """Have one reply, and return how many messages it has."""
+    """Ask for one reply, and return how many messages it has."""
     websocket.send("Tell me a story about dogs.")
     frames = 1
     while websocket.recv() != "<>":
@@ -82,8 +81,8 @@ def measure(server: psutil.Process, count: int, turns: int) -> dict[str, dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sockets", type=int, default=400, help="that are added; at most 416")
-    parser.add_argument("--turns", type=int, default=50, help="replies in all")
+    parser.add_argument("--sockets", type=int, default=400, help="sockets to measure; at most 416")
+    parser.add_argument("--turns", type=int, default=50, help="total number of replies")
     options = parser.parse_args()
     model = BUNDLED_FOLDER
     with tempfile.TemporaryDirectory() as folder:

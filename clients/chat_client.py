@@ -32,7 +32,7 @@ def ask(
     marker: str,
     tell: Callable[[dict[str, Any]], object] = lambda message: None,
 ) -> Iterator[str]:
-    """Send a prompt, and yield its reply piece by piece. Pass chat.v1's messages to `tell`."""
+    """Send a prompt, and yield its reply in pieces. `tell` gets chat.v1's messages."""
     if websocket.subprotocol != CHAT_V1:  # the plain protocol: text, then the marker
         websocket.send(prompt)
         while (text := websocket.recv(decode=True)) != marker:

@@ -1,4 +1,4 @@
-"""A chat client's connection. If a replica ends before it replies, the client asks another."""
+"""A chat client's connection, which asks another replica if its own ends before replying."""
 
 import argparse
 import sys
@@ -12,12 +12,12 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 CHAT_V1 = Subprotocol("chat.v1")
-RESTARTING = 1012  # the close code of a replica that ends; another one will reply
+RESTARTING = 1012  # the close code of a replica that shuts down; another will reply
 TRIES, RETRY_S = 10, 0.5  # replicas may end one after another
 
 
 class ChatConnection(ExitStack):
-    """Use it as a context manager, which closes its WebSockets."""
+    """A context manager that closes its WebSockets."""
 
     def __init__(self, options: argparse.Namespace, headers: dict[str, str]) -> None:
         super().__init__()
@@ -42,7 +42,10 @@ class ChatConnection(ExitStack):
         self.open()
 
     def ask(self, exchange: Callable[[ClientConnection], Iterator[str]]) -> Iterator[str]:
-        """Yield an exchange's text. If the replica ends before its first text, ask another one."""
+        """Yield an exchange's text. If the replica closes before the first text, ask another.
+
+        Raises ConnectionClosed if the reply has begun, or after TRIES.
+        """
         for tries_left in reversed(range(TRIES)):
             if self.websocket.close_code is not None:
                 self.reset()

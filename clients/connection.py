@@ -21,7 +21,7 @@ BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class Refused(Exception):
-    """The bot answered a request with an error. Holds the answer and its HTTP status."""
+    """The bot answered a request with an error; `status` is the HTTP status."""
 
     def __init__(self, problem: str, status: int) -> None:
         super().__init__(problem)
@@ -29,19 +29,19 @@ class Refused(Exception):
 
 
 def add_options(parser: argparse.ArgumentParser, url: str) -> None:
-    parser.add_argument("--url", default=url, help="of the bot; by default %(default)s")
-    parser.add_argument("--api-key-file", type=Path, help="a file with the key that the bot wants")
+    parser.add_argument("--url", default=url, help="URL of the bot; by default, %(default)s")
+    parser.add_argument("--api-key-file", type=Path, help="file with the key that the bot requires")
     parser.add_argument(
         "--wait",
         type=float,
         default=60,
         metavar="SECONDS",
-        help="how long to wait for a bot that is not there yet; by default %(default)s",
+        help="how long to wait until the bot is ready; by default, %(default)s",
     )
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
-    """Return the header with the key, if there is one."""
+    """Return the header with the key, if there is one. Exits if its file is unreadable."""
     if options.api_key_file is None:
         return {}
     try:
@@ -52,16 +52,16 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
 
 
 def keep_key(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """For requests' `auth`. Without it, ~/.netrc would replace the key."""
+    """Pass this to requests as `auth`. Otherwise, ~/.netrc would replace the key."""
     return request
 
 
 def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> str:
-    """Wait for a bot to answer, for at most `--wait`, and return its model's name, if known.
+    """Wait up to `--wait` seconds until a bot answers, and return its model's name, or "".
 
-    Prints that it waits. The caller's own request shows whether something answers in the end.
+    Does not raise if nothing answers: the caller's own request then fails.
     """
-    asked = urlsplit(options.url)  # every bot answers this GET, but not each one that of its own
+    asked = urlsplit(options.url)  # every bot answers /v1/models, but not always "/"
     url = asked._replace(
         scheme=asked.scheme.replace("ws", "http", 1), path=f"{asked.path.rstrip('/')}/v1/models"
     ).geturl()
@@ -79,7 +79,7 @@ def wait_until_ready(options: argparse.Namespace, headers: dict[str, str]) -> st
 
 
 def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
-    """Return the bot's answer to a GET, whatever it says, or None while the bot starts."""
+    """Return the answer to a GET, even an error, or None while the bot starts."""
     try:
         response = requests.get(url, headers=headers, auth=keep_key, timeout=PROBE_TIMEOUT_S)
     except requests.exceptions.SSLError:
@@ -88,7 +88,7 @@ def probe(url: str, headers: dict[str, str]) -> requests.Response | None:
         return None
     except requests.RequestException:  # such as an invalid URL
         return requests.Response()
-    # Ray Serve itself answers before it knows the bot, and while no replica is ready.
+    # Serve itself answers before it knows the bot, and while no replica is ready.
     unknown = response.status_code == 404 and "/-/routes" in response.text
     starting = response.status_code == 503 and "Retry-After" not in response.headers
     return None if unknown or starting else response

@@ -37,7 +37,7 @@ LINES = 3  # how many of a reply's last lines are shown
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and its outcome; times are in seconds of time.monotonic()."""
+    """A prompt and its outcome. Times are by time.monotonic(), in seconds."""
 
     prompt: str
     text: str = ""
@@ -89,7 +89,7 @@ def ask(options: argparse.Namespace, headers: dict[str, str], prompt: str) -> It
 
 
 def token_counter(model: str) -> Callable[[str], int] | None:
-    """Return a function that counts tokens, if the model's tokenizer.json is on this machine."""
+    """Return a function that counts tokens, or None if tokenizer.json is not on this machine."""
     folder = BUNDLED_FOLDER if model == BUNDLED else Path(model)
     file = str(folder / "tokenizer.json")
     if not folder.is_dir():
@@ -102,7 +102,7 @@ def token_counter(model: str) -> Callable[[str], int] | None:
         file = cached
     try:
         tokenizer = Tokenizer.from_file(file)
-    except Exception:  # tokenizers raises it for a missing file or a wrong format
+    except Exception:  # tokenizers raises no other type
         return None
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
@@ -118,7 +118,7 @@ def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: 
     for row in rows:
         shown = row.text if len(row.text) <= room else "…" + row.text[1 - room :]
         first = f"{(row.first - row.asked) * 1000:.0f} ms" if row.first and row.asked else ""
-        # Text keeps rich from taking anything in it for markup.
+        # Text keeps rich from interpreting markup.
         words = [Text(printable(part)) for part in (row.prompt, shown)]
         table.add_row(*words, first, speed(row, count), Text(printable(row.state)))
     return table
@@ -133,10 +133,10 @@ def speed(row: Row, count: Callable[[str], int] | None) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Ask many prompts at once.")
-    parser.add_argument("prompts", nargs="*", metavar="prompt", help="several, or those built in")
-    parser.add_argument("--num-prompts", type=int, help="those given, again and again")
+    parser.add_argument("prompts", nargs="*", metavar="prompt", help="by default, built-in ones")
+    parser.add_argument("--num-prompts", type=int, help="how many to send, in rotation")
     parser.add_argument(
-        "--interval", type=float, default=0, metavar="SECONDS", help="from one prompt to the next"
+        "--interval", type=float, default=0, metavar="SECONDS", help="time between prompts"
     )
     parser.add_argument("--end-of-response", default="<>", help="a plain Chatbot's marker")
     add_options(parser, "http://localhost:8000/")
@@ -163,7 +163,7 @@ def main() -> None:
 def start(
     rows: list[Row], options: argparse.Namespace, headers: dict[str, str]
 ) -> list[threading.Thread]:
-    """Send each prompt in a thread that ends with this program, which Ctrl-C may end first."""
+    """Send each prompt in a daemon thread, so that Ctrl-C can end the program."""
     threads = [
         threading.Thread(
             target=row.run, args=(options, headers, number * options.interval), daemon=True

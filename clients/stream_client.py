@@ -20,19 +20,19 @@ from connection import (
 
 
 def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[str]:
-    """Send a prompt, and yield its reply piece by piece."""
+    """Send a prompt, and yield its reply piece by piece. Raises Refused."""
     with requests.post(url, json=body, headers=headers, auth=keep_key, stream=True) as response:
         if not response.ok:
             status = response.status_code
             raise Refused(f"{url} answered {status}: {response.text}", status)
         for text in response.iter_content(chunk_size=None, decode_unicode=True):
-            yield str(text)  # since it is decoded
+            yield str(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print a reply as it streams in.")
     parser.add_argument("prompt", nargs="?", default="Tell me a story about dogs.")
-    parser.add_argument("--max-new-tokens", type=int, help="of the reply, at most")
+    parser.add_argument("--max-new-tokens", type=int, help="maximum length of the reply")
     add_options(parser, "http://localhost:8000/")
     options = parser.parse_args()
     body = {"prompt": options.prompt}

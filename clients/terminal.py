@@ -1,4 +1,4 @@
-"""Makes a terminal pleasant to chat in, and keeps that code out of chat_client.py."""
+"""Line editing, notes and Ctrl-C for chatting in a terminal."""
 
 import re
 import signal
@@ -26,13 +26,13 @@ def send(event: KeyPressEvent) -> None:
     event.current_buffer.validate_and_handle()
 
 
-@keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))  # as terminals report Alt-Enter
+@keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))  # Alt-Enter, as terminals send it
 def break_line(event: KeyPressEvent) -> None:
     event.current_buffer.insert_text("\n")
 
 
 def is_typed() -> bool:
-    """Whether a person types the prompts. Otherwise, they come through a pipe."""
+    """Whether a person types the prompts. If not, they come through a pipe."""
     return sys.stdin.isatty()
 
 
@@ -69,7 +69,7 @@ def prompts() -> Iterator[str | None]:
 
 
 class Notes:
-    """Shows a person at a terminal what chat.v1 says besides the text of a reply."""
+    """Shows what chat.v1 says beside a reply's text, such as the place in the queue."""
 
     def __init__(self) -> None:
         self.ending = ""
@@ -92,7 +92,7 @@ class Notes:
 def stop_on_ctrl_c(connection: ChatConnection) -> Iterator[None]:
     """Let the first Ctrl-C on a terminal stop the reply. A second one interrupts, as always.
 
-    A thread sends the stop, since Ctrl-C may interrupt code that sending would disturb.
+    A thread sends the stop, since Ctrl-C may interrupt the WebSocket's own code.
     """
     if not (connection.websocket.subprotocol and is_typed()):
         yield
@@ -101,7 +101,7 @@ def stop_on_ctrl_c(connection: ChatConnection) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
 
     def stop() -> None:
-        with suppress(WebSocketException):  # the reply's reader learns of it, too
+        with suppress(WebSocketException):  # the reader of the reply gets it, too
             connection.websocket.send(STOP)
 
     def handle(*_: object) -> None:

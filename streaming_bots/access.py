@@ -1,7 +1,7 @@
-"""Access to a bot: the hosts it answers for, the web pages that may call it, and the key.
+"""Who may use a bot: the hosts it answers for, the web pages that may call it, and the key.
 
-Without the first two, any web page could use the model on its visitor's own machine. The browser
-sends `POST http://localhost:8000/?prompt=...` for the page without asking the visitor.
+Without checks of host and origin, any web page could use a model on its visitor's machine: the
+browser sends `POST http://localhost:8000/?prompt=...` without asking the visitor.
 """
 
 import re
@@ -14,7 +14,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def _split(value: Any) -> Any:
-    """Split a string at its commas: the command line passes a list of names as one string."""
+    """Split a string at its commas, since the command line passes a list as one string."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -47,22 +47,22 @@ class AccessSettings(BaseModel, extra="forbid"):
 
     allowed_hosts: Annotated[list[Host], BeforeValidator(_split)] = Field(
         default=["localhost", "127.0.0.1", "[::1]"],
-        description="Host names that requests may be made to, without a port; *.example.org for "
-        "all names below it, * for any. By default this machine's own.",
+        description="Host names that requests may address, without a port; *.example.org for "
+        "all names below it, * for any. By default, this machine's own.",
     )
     allowed_origins: Annotated[list[Origin], BeforeValidator(_split)] = Field(
         default=[],
-        description="Web pages of other hosts that may ask, as https://chat.example.org; * for "
-        "all. Pages of the bot's own host and port always may.",
+        description="Origins of other web pages that may use the bot, as "
+        "https://chat.example.org; * for all. Pages of the bot's own host and port always may.",
     )
     api_key_file: Path | None = Field(
         default=None,
-        description="File with the key that every request must carry, on each machine that runs a "
-        "replica. By default no key is needed.",
+        description="File with the key that every request must carry. Each machine that runs a "
+        "replica needs it. By default, no key is needed.",
     )
 
     def read_api_key(self) -> bytes | None:
-        """Return the key, without white space around it. Raises ValueError if it is unusable."""
+        """Return the key without surrounding whitespace. Raises ValueError if it is unusable."""
         if self.api_key_file is None:
             return None
         try:
@@ -71,6 +71,6 @@ class AccessSettings(BaseModel, extra="forbid"):
             raise ValueError(f"api_key_file: cannot be read: {error}") from None
         if not key or len(key.split()) > 1:
             raise ValueError(f"api_key_file: {self.api_key_file} must hold one key on one line")
-        if not key.isascii():  # clients differ in how they send other characters in a header
+        if not key.isascii():  # clients encode other characters differently
             raise ValueError(f"api_key_file: the key in {self.api_key_file} must be ASCII")
         return key

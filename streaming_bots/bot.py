@@ -1,4 +1,4 @@
-"""The base class of all bots, whatever they serve and however they compute."""
+"""The base class of all bots, and the reply that a bot returns."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ logger = logging.getLogger("ray.serve")
 class Reply:
     """One reply. `async for` yields its text as the model writes it; `state` says how it ended.
 
-    The caller must close it. If it is closed before its end, the model stops writing it.
+    The caller must close it. Closing it before its end stops the model.
     """
 
     def __init__(self, state: ReplyState, chunks: AsyncGenerator[str]) -> None:
@@ -47,9 +47,9 @@ class Reply:
 
 
 class Bot(ABC):
-    """A model with its tokenizer and settings, and everything else that a replica needs.
+    """What every replica has: a model, its tokenizer, settings, metrics and an engine.
 
-    Must be constructed in the replica, on its event loop.
+    Construct it in the replica, on its event loop.
     """
 
     engine: Engine  # runs the model; each bot sets its own
@@ -57,7 +57,7 @@ class Bot(ABC):
     def __init__(self, settings: BotSettings) -> None:
         logger.addFilter(traceback_once)
         self.settings = settings
-        torch.set_num_threads(settings.threads())  # Ray says as many as the cores reserved
+        torch.set_num_threads(settings.threads())  # instead of Ray's default, the reserved cores
         name, self.model, self.tokenizer, context = load_model(
             settings.model,
             settings.dtype,
@@ -72,9 +72,9 @@ class Bot(ABC):
         self.limit_context(context)
 
     def limit_context(self, tokens: int, reason: str = "") -> None:
-        """Limit a prompt and its reply to `tokens` tokens together; clients are told `reason`.
+        """Limit a prompt and its reply to `tokens` together; PromptTooLong then adds `reason`.
 
-        Raises ValueError if the limits in the settings do not fit.
+        Raises ValueError if a limit in the settings does not fit.
         """
         self.context = tokens
         self.context_reason = reason
@@ -82,18 +82,17 @@ class Bot(ABC):
         self.max_prompt_tokens = prompt_limit(self.settings.max_prompt_tokens, tokens)
 
     def new_conversation(self) -> list[Message]:
-        """Return a new conversation, which has only the system prompt, if there is one."""
         return new_conversation(self.settings.system_prompt)
 
     def prompt_budget(self, max_new_tokens: int) -> int:
-        """Return how many tokens are left for a prompt beside a reply of `max_new_tokens`."""
+        """Return how many tokens a prompt may have beside a reply of `max_new_tokens`."""
         return min(self.context - max_new_tokens, self.max_prompt_tokens)
 
     async def encode(self, messages: list[Message], options: ReplyOptions) -> list[int]:
-        """Tokenize a conversation, in a thread since a long one keeps the tokenizer busy for long.
+        """Tokenize a conversation in a thread, so that a long one does not block the event loop.
 
-        If the token ids do not fit, this drops the oldest exchanges from `messages`. With
-        `options.whole`, it drops none, and shortens the reply instead. Raises a Refusal.
+        Drops the oldest exchanges from `messages` if not all fit. With `options.whole`, it drops
+        none, and shortens the reply instead. Raises a Refusal.
         """
         whole = options.whole
         budget = self.prompt_budget(1 if whole else options.max_new_tokens)
@@ -106,7 +105,7 @@ class Bot(ABC):
 
     @property
     def end_tokens(self) -> list[int]:
-        """The tokens with which the model ends a reply."""
+        """The ids of the tokens that end a reply."""
         return self.model.generation_config.eos_token_id or []
 
     @abstractmethod
@@ -117,7 +116,7 @@ class Bot(ABC):
         """
 
     async def record_autoscaling_stats(self) -> dict[str, int]:
-        """Called by Serve. Return the count that the policy in operations/autoscaling.py uses."""
+        """Called by Serve, for the policy in operations/autoscaling.py."""
         return {"replies": self.engine.in_progress()}
 
     async def check_health(self) -> None:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 
 class Refusal(Exception):
-    """The bot refuses to answer this request. The client may read the whole message."""
+    """The bot refuses to answer this request. The client gets the whole message."""
 
     status: ClassVar[int]
     close_code: ClassVar[int]  # RFC 6455, 7.4.1, and IANA's registry of WebSocket close codes
-    kind: ClassVar[str | None] = None  # the type in a detail that names the parameter
+    kind: ClassVar[str | None] = None  # of the problem, in a detail that names the parameter
     parameter: ClassVar[str] = "prompt"
 
     @property
@@ -83,7 +83,7 @@ class TooManyWaiting(Refusal):
 
 
 class Restarting(Refusal):
-    """The replica is ending. The client may send its unanswered prompts to another replica."""
+    """The replica is shutting down. The client may send unanswered prompts to another."""
 
     status, close_code = 503, 1012
 

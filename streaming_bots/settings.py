@@ -1,7 +1,4 @@
-"""The settings of a bot, for its constructor and for its `build` function.
-
-serve run textbot:build model=./my-model max_new_tokens=64
-"""
+"""The settings of a bot, for its constructor and for its `build` function."""
 
 import logging
 from typing import Any, ClassVar, Literal
@@ -27,28 +24,26 @@ from streaming_bots.operations.machine import cores
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_MODEL = "microsoft/DialoGPT-small"
-RETRY_AFTER_S = 10  # told to a client that is refused because too many wait
+RETRY_AFTER_S = 10  # the Retry-After of a 503
 
 
 def queue_beside(max_batch_size: int) -> dict[str, int]:
-    """Limit the requests in a replica and in Serve's proxies: a batch, and as many that wait."""
+    """Return Serve's limits on requests: one batch that runs and one that waits, at least 100."""
     requests = max(100, 2 * max_batch_size)
     return {"max_ongoing_requests": requests, "max_queued_requests": requests}
 
 
-# For a bot whose requests wait for their turn. Waiting costs next to nothing, but a hundred replies
-# take minutes. A client that would have to wait longer gets a 503 at once. Serve's proxy queues
-# every request for a moment, so its queue has room for as many as a replica takes.
+# For a bot whose requests queue. A hundred replies take minutes, so further clients get a 503 at
+# once. Serve's proxy queues every request for a moment, so its queue is as long as a replica's.
 QUEUE_OPTIONS: dict[str, Any] = {
     **queue_beside(1),
     "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
 }
 
-MAX_CHATS = 500  # open at once in a replica; an idle one costs some memory
+MAX_CHATS = 500  # open at once in a replica; even an idle one takes memory
 
-# Serve counts an open WebSocket as one request, even while it is idle. Over Serve's limit, a
-# handshake would hang, so the Chatbot has its own limit. Serve's limit leaves room for clients that
-# are told to try again later. A replica that Serve stops needs time to finish its replies.
+# Serve counts an open WebSocket as one request, even an idle one. Over Serve's limit, a handshake
+# would hang, so the Chatbot refuses chats over MAX_CHATS itself, and Serve's limit is higher.
 CHAT_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 2 * MAX_CHATS,
     "health_check_period_s": HEALTH_CHECK_PERIOD_S,
@@ -75,34 +70,34 @@ class BotSettings(AccessSettings):
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
-        description="What clients are told as X-Model. By default the hub id, or the last part of "
-        "a folder.",
+        description="The model's name for clients, as in X-Model. By default, the hub id, or the "
+        "last part of a folder.",
     )
     max_new_tokens: int | None = Field(
         default=None,
         gt=0,
-        description="The most tokens of a reply; a request may ask for fewer. By default 256, or "
-        "half the model's context if that is less.",
+        description="Maximum number of tokens in a reply; a request may ask for fewer. By "
+        "default, 256, or half the model's context if that is less.",
     )
     max_prompt_tokens: int | None = Field(
         default=None,
         gt=0,
-        description="The most tokens of a prompt, with the conversation before it. By default what "
-        "the model's context leaves to the reply, 8192 at most: a prompt is read as a whole, and "
-        "one of 100,000 tokens can take a core many minutes, and its memory.",
+        description="Maximum number of tokens in a prompt and the conversation before it. By "
+        "default, the model's context less one token, but at most 8192: a prompt of 100,000 tokens "
+        "can take a core many minutes, and gigabytes of memory.",
     )
     dtype: Literal["float32", "bfloat16", "float16", "int8", "auto"] = Field(
         default="float32",
-        description="Number format of the weights; auto is the model's own. int8 is for a CPU: "
-        "quicker, in a third of the memory, and a little less exact.",
+        description="Number format of the weights; auto is the model's own. int8 needs a CPU: it "
+        "is faster, takes a third of the memory, and is slightly less exact.",
     )
     prefix_cache_mb: int = Field(
         default=512,
         ge=0,
-        description="Megabytes for keys and values of earlier replies: the next turn of a "
-        "conversation only reads what is new; a quarter of the free memory at most. 0 keeps none, "
-        "and lets no client learn from timing what others have asked. A continuous batch keeps "
-        "them in its cache.",
+        description="Megabytes for the KV caches of earlier replies, a quarter of the free memory "
+        "at most. The model then reads only what is new in the next turn of a conversation. 0 "
+        "keeps none, so that timing tells no client what others have asked. A continuous batch "
+        "keeps them in its own cache.",
     )
     system_prompt: str | None = Field(
         default=None, description="Instructions that begin every conversation."
@@ -110,20 +105,20 @@ class BotSettings(AccessSettings):
     stall_timeout_s: float = Field(
         default=120.0,
         gt=0,
-        description="Seconds without progress of the model after which a reply has failed and "
-        "Serve replaces the replica. Must be longer than one of its layers takes for a prompt.",
+        description="Seconds without progress by the model after which replies fail and Serve "
+        "replaces the replica. Must be longer than one layer takes to read a prompt.",
     )
     num_cpus: float | None = Field(
         default=None,
         ge=0,
-        description="Cores that Ray reserves per replica, and threads of its model. By default one "
-        "is reserved, and the model of a single replica computes with all cores that there are.",
+        description="Cores that Ray reserves per replica, and threads of its model. By default, "
+        "Ray reserves one, but the model of a single replica uses all cores.",
     )
     num_gpus: float = Field(
         default=0.0,
         ge=0,
-        description="GPUs that Ray reserves per replica, where its model then runs. Less than 1: "
-        "replicas share one.",
+        description="GPUs that Ray reserves per replica, for its model. Below 1, replicas share a "
+        "GPU.",
     )
     num_replicas: PositiveInt | Literal["auto"] = Field(
         default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
@@ -144,7 +139,7 @@ class BotSettings(AccessSettings):
         return {"target_ongoing_requests": 2}
 
     def threads(self) -> int:
-        """With how many the model computes."""
+        """Return how many threads the model computes with."""
         if self.num_cpus is None and self.num_replicas == 1:
             return cores()
         return max(1, int(self.num_cpus or 1))
@@ -164,11 +159,10 @@ class BotSettings(AccessSettings):
         return options
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """Return the given settings, checked as far as possible before anything is deployed.
+        """Check the given settings as far as possible before deployment, and return them.
 
-        Raises ModelError if a model that was named cannot be loaded. Raises ValueError if
-        `max_new_tokens`, `max_prompt_tokens` or `system_prompt` do not suit it, or if
-        `api_key_file` holds no key.
+        Raises ModelError if neither the model nor its fallback is available. Raises ValueError if
+        the token limits or the system prompt do not suit the model, or if the key is unusable.
         """
         given = self.model_dump(exclude_unset=True)
         if self.api_key_file is not None:
@@ -199,7 +193,7 @@ class BatchSettings(BaseModel, extra="forbid"):
     """The settings that `user_config` may change while a Batchbot runs."""
 
     max_batch_size: int = Field(
-        default=16, gt=0, description="Prompts in one run of the model, at most."
+        default=16, gt=0, description="Maximum number of prompts in one run of the model."
     )
     batch_wait_timeout_s: float = Field(
         default=0.1, ge=0, description="Seconds that a prompt waits for others to join it."
@@ -211,10 +205,10 @@ class BatchbotSettings(BotSettings, BatchSettings):
     _in_force: BatchSettings | None = PrivateAttr(default=None)
 
     def reconfigure(self, user_config: dict[str, Any]) -> BatchSettings:
-        """Return the settings that apply after a new `user_config`.
+        """Return the settings in force after a new `user_config`.
 
-        If it is wrong, the earlier settings stay. An error would make Serve stop the replica, and
-        its replacements would fail, too. Raises ValidationError if there are no earlier settings.
+        If it is invalid, the earlier settings stay in force: an error would make Serve stop the
+        replica, and its replacements would fail, too. Raises ValidationError if there are none.
         """
         try:
             settings = BatchSettings.model_validate(user_config)
@@ -241,14 +235,14 @@ class BatchbotSettings(BotSettings, BatchSettings):
 
 class ContinuousBatchSettings(BotSettings):
     max_batch_size: int | None = Field(
-        default=None, gt=0, description="Replies at once, at most. By default one at a time."
+        default=None, gt=0, description="Maximum number of replies at once. By default, one."
     )
     cache_tokens: int | None = Field(
         default=None,
         gt=0,
-        description="Tokens of the cache that the replies of a continuous batch share, in half of "
-        "the free memory at most; a prompt must fit it with its reply. By default 256 for each "
-        "reply, or the model's context if that is more, up to 8192.",
+        description="Tokens in the KV cache that the replies of a continuous batch share, in half "
+        "of the free memory at most; a prompt must fit it with its reply. By default, 256 for each "
+        "reply, or the model's context, up to 8192, if that is more.",
     )
 
     def autoscaling_config(self) -> dict[str, Any]:
@@ -259,7 +253,7 @@ class ContinuousBatchSettings(BotSettings):
 
 
 class ContinuousbotSettings(ContinuousBatchSettings):
-    max_batch_size: int = Field(default=32, gt=0, description="Replies at once, at most.")
+    max_batch_size: int = Field(default=32, gt=0, description="Maximum number of replies at once.")
 
     def deployment_options(self) -> dict[str, Any]:
         return super().deployment_options() | queue_beside(self.max_batch_size)
@@ -270,7 +264,7 @@ class ChatbotSettings(ContinuousBatchSettings):
 
     end_of_response: str = Field(
         default="<>",
-        min_length=2,  # a piece of a reply that equals it is sent in two messages
+        min_length=2,  # since a chunk that equals it is sent in two messages
         description="The marker that follows each reply, in a message of its own.",
     )
 

@@ -37,12 +37,12 @@ ALLOWED_ORIGIN = "https://chat.example.org"
 KEY = "correct-horse-battery-staple"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 INGRESS = "haproxy" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else "default"
-V1 = "/v1"  # after the name of a bot that is asked through OpenAI's routes
+V1 = "/v1"  # suffix of a bot's name: ask it through OpenAI's routes
 HANG_S = 60  # only bounds a hang
 
 
 def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> None:
-    """Wait until the condition holds. If it does not in time, fail and say `what` is wrong."""
+    """Wait until the condition holds. If it does not in time, fail with `what` as the reason."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, what
@@ -74,9 +74,9 @@ class Bot(NamedTuple):
 def arguments_of(name: str, emoji_model: Path, key_file: Path) -> dict[str, Any]:
     """Return the constructor arguments of one of the tests' bots.
 
-    `textbot` and so on have the bundled model. `emoji_textbot` and so on need a key, and have a
-    model that writes emoji and Chinese. The Chatbot's context holds only a few exchanges, so that
-    tests soon outgrow it.
+    `textbot` and others use the bundled model. `emoji_textbot` and others need a key, and their
+    model writes emoji and Chinese. The Chatbot's context holds only a few exchanges, so that tests
+    soon exceed it.
     """
     if name.startswith("emoji_"):
         return {
@@ -184,7 +184,7 @@ def port() -> Iterator[int]:
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": path}},
-        # Tests read the metrics, so 10 s is too long. At every second, a busy machine lost some.
+        # Tests read the metrics, so 10 s is too long. At 1 s, a busy machine lost some.
         _system_config={"metrics_report_interval_ms": 4000},
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -212,7 +212,7 @@ def call_replica(application: str, method: str, *arguments: Any) -> Any:
         handle = serve.get_app_handle(application)
         return getattr(handle, method).remote(*arguments).result(timeout_s=HANG_S)
 
-    with ThreadPoolExecutor(1) as thread:  # the handle does not answer where an event loop runs
+    with ThreadPoolExecutor(1) as thread:  # the handle fails where an event loop runs
         return thread.submit(call).result()
 
 
@@ -261,7 +261,7 @@ def served_bots(
 
 @pytest.fixture
 def served(request: pytest.FixtureRequest, served_bots: dict[str, Bot]) -> Bot:
-    """One bot on a real Serve, with a model that runs freely. A parameter says which bot."""
+    """One bot on a real Serve, by parameter. Its model runs freely."""
     bot = served_bots[request.param.removesuffix(V1)]
     bot.call("flush")
     bot.gate.open()
@@ -273,7 +273,7 @@ def served(request: pytest.FixtureRequest, served_bots: dict[str, Bot]) -> Bot:
 
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
-    """The bundled model in the tests' own process, which gives the expected replies."""
+    """The bundled model in the tests' own process, for the expected replies."""
     torch.set_num_threads(1)
     return load_model(BUNDLED)
 
@@ -306,7 +306,7 @@ def batches_of(
     size: int = BatchSettings().max_batch_size,
     wait_s: float = BatchSettings().batch_wait_timeout_s,
 ) -> None:
-    """Have a Batchbot begin a batch when `size` requests are there, or after `wait_s` seconds."""
+    """Make a Batchbot begin a batch at `size` requests, or after `wait_s` seconds."""
     bot.call("reconfigure", {"max_batch_size": size, "batch_wait_timeout_s": wait_s})
 
 
@@ -315,7 +315,7 @@ def batches_of(
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository's files, away from the installed ones."""
+    """A copy of the repository's files, apart from the installed ones."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "tests")
     folder = tmp_path_factory.mktemp("checkout") / "repository"
     return Path(shutil.copytree(REPOSITORY, folder, ignore=ignored))

@@ -1,4 +1,4 @@
-"""A caller of any bot. It sees how a reply ends, and can leave the reply in three ways."""
+"""Callers of the bots, which see how a reply ends, and can leave it in three ways."""
 
 import http.client
 import json
@@ -86,12 +86,12 @@ class CompletionCaller(HttpCaller):
 
 
 class ChatCaller:
-    """Sends a prompt to a Chatbot, over a socket of its own."""
+    """Sends a prompt to a Chatbot, over its own socket."""
 
     def __init__(
         self, bot: Bot, prompt: str, limit: int | None = None, headers: dict[str, str] | None = None
     ) -> None:
-        self.version = ["chat.v1"] if limit else None  # the plain form has no limit
+        self.version = ["chat.v1"] if limit else None  # the plain protocol has no limit
         # Entered by hand, since the tests decide how the caller leaves the socket.
         self.websocket = connect(
             bot.ws, subprotocols=self.version, additional_headers=headers, close_timeout=0
@@ -132,7 +132,7 @@ class ChatCaller:
 
 
 def receive(websocket: ClientConnection) -> list[str]:
-    """Return the messages of one reply in the plain form, without the marker."""
+    """Return the messages of one reply in the plain protocol, without the marker."""
     frames = []
     while (frame := websocket.recv(timeout=HANG_S)) != "<>":
         frames.append(frame)

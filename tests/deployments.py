@@ -1,4 +1,4 @@
-"""A stepped bot with a deployment of its own, for tests that replace or end its replicas."""
+"""Stepped bots with their own deployment, for tests that replace or end replicas."""
 
 import time
 from collections import Counter
@@ -16,7 +16,7 @@ from streaming_bots.models.source import BUNDLED
 
 
 class Deployed:
-    """A bot with a deployment of its own. Its replicas come and go."""
+    """A bot with its own deployment."""
 
     def __init__(self, name: str, port: int, gate: Gate, **options: Any) -> None:
         self.name, self.options, self.application = name, options, f"own-{name}"
@@ -47,7 +47,7 @@ class Deployed:
 
 @contextmanager
 def deployed(name: str, port: int, gate: Gate, **options: Any) -> Iterator[Deployed]:
-    """Deploy a bot of its own; delete the whole application at the end."""
+    """Deploy a bot; delete its application at the end."""
     own = Deployed(name, port, gate, **options)
     try:
         yield own

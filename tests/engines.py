@@ -1,4 +1,4 @@
-"""Engines and streamers without a bot, for tests that decide what a run of the model does."""
+"""Engines and streamers without a bot, for tests that script the runs of the model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +31,7 @@ def new_streamer(
 
 
 class ScriptedThread(ModelThread):
-    """A model's thread in which a function, submitted with each streamer, writes its reply."""
+    """A ModelThread that calls the function submitted with each streamer, not a model."""
 
     def __init__(self, limits: Any, metrics: Any) -> None:
         self.scripts: dict[Streamer, Callable[[Streamer], None]] = {}

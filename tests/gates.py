@@ -1,6 +1,6 @@
-"""A gate before each step of a model, where tests decide what happens and when.
+"""A gate before each step of a model, so that tests decide what happens and when.
 
-This module imports no bot. The process that Ray starts for gates would import all that bots need.
+This module imports no bot, since Ray's process for gates would import all that bots need.
 """
 
 import math
@@ -83,7 +83,7 @@ class Gate:
     def _reset(
         self, steps: float, failing_step: int | None = None, error: BaseException | None = None
     ) -> None:
-        """Begin a new era. If an earlier era holds a step, that step continues."""
+        """Begin a new era, and release the steps that an earlier era holds."""
         with self.changed:
             self.era += 1
             self.events.clear()
@@ -102,7 +102,7 @@ class Gates:
 
 
 class RemoteGate:
-    """A gate that both tests and a replica of Serve reach. Its methods are those of Gate."""
+    """A Gate that both tests and a replica of Serve can call."""
 
     def __init__(self, gates: Any, number: int) -> None:
         self.gates, self.number = gates, number

@@ -2,9 +2,8 @@
 
     python local_cluster.py DASHBOARD_PORT CPUS [CPUS ...]
 
-The head has no CPUs. Each other node has as many as its argument says. Once all nodes are there,
-the program prints the ports of their metrics as a JSON object. Each line of its input is a node's
-id, and the program kills that node.
+The head has no CPUs. Each CPUS adds a node. Once all nodes are up, the program prints their metrics
+ports as a JSON object. For each line of its input, a node's id, it kills that node.
 """
 
 import json

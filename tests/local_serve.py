@@ -1,7 +1,7 @@
 """Bots on a socket of this process: their own ASGI apps and constructors, without Ray.
 
-Serve's proxy, its limits, and replicas that end or are replaced are not here. Tests on a real Serve
-cover them. A bot itself does the same on both.
+Serve's proxy, its limits, and the replacement of replicas are missing. Tests on a real Serve cover
+them.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class LocalServe:
         run_callback = asyncio.Handle._run
 
         def run_and_time(handle: asyncio.Handle) -> None:
-            began = time.thread_time()  # this clock stands still while others have the core
+            began = time.thread_time()  # this clock stops while others use the core
             run_callback(handle)
             if threading.current_thread() is self.thread:
                 self.longest_s = max(self.longest_s, time.thread_time() - began)
@@ -90,7 +90,7 @@ class LocalServe:
         self.replicas[prefix] = replica
 
     async def _check_health(self, bot: Any) -> None:
-        """Check again and again until the bot is unhealthy. Serve would then replace it."""
+        """Check until the bot is unhealthy. Serve would then replace it."""
         while True:
             await asyncio.sleep(HEALTH_CHECK_PERIOD_S)
             try:
@@ -120,7 +120,7 @@ class LocalServe:
 
 
 def own_class(shared: type) -> type:
-    """Import the class once more, so that a bot has a class of its own, as in a replica.
+    """Import the class again, so that each bot has its own, as in a replica.
 
     The bot's FastAPI app and the queue of its batches belong to the class.
     """

@@ -1,4 +1,4 @@
-"""Third-party clients of OpenAI's API, and what they make of a reply of five tokens."""
+"""Third-party clients of OpenAI's API, each of which requests a reply of five tokens."""
 
 import asyncio
 from typing import Any

@@ -42,7 +42,7 @@ def prose(text: str) -> str:
 
 
 def changed(code: str, guide: str) -> str:
-    """Return the code after all changes that a guide shows as diffs."""
+    """Return the code after applying all diffs in a guide."""
     for block in re.findall(r"```diff\n(.*?)```", guide, re.DOTALL):
         lines = block.splitlines(keepends=True)
         before, after = (
@@ -61,7 +61,7 @@ def section(title: str) -> str:
 
 def check_output(command: Command, folder: Path) -> None:
     """Run a command that asks a bot, and check that it prints what is shown."""
-    # It finds this test's python, as it would in an active environment.
+    # The command finds this test's python, as in an activated environment.
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
     if command.line.startswith("curl") and not shutil.which("curl"):
         printed = requests.post(command.line.split("'")[1]).text

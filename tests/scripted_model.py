@@ -50,7 +50,7 @@ def save_scripted_model(folder: Path, prompt_length: int, reply: str, context: i
     )
     model = GPT2LMHeadModel(config)
     dot = tokenizer("...")["input_ids"][0]
-    # The prompt's EOS is at position prompt_length. The reply's first token comes out there.
+    # The prompt's EOS is at position prompt_length. The reply's first token follows it.
     script = [dot] * prompt_length + tokenizer(reply)["input_ids"]
     script += [tokenizer.eos_token_id] * (context - len(script))
     with torch.no_grad():
@@ -73,6 +73,6 @@ def save_random_model(config: PreTrainedConfig, folder: Path, context: int = 128
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
-        parameter.data.mul_(3)  # so large that the tokens read before decide the next one
+        parameter.data.mul_(3)  # so large that earlier tokens decide the next one
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

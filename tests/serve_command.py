@@ -16,7 +16,7 @@ import pytest
 
 READY_S = 120  # only bounds a hang; half a minute is usual
 SERVE = Path(sys.executable).with_name("serve")
-# Commands use no Ray of the other tests, and no hub, as on a machine without a network.
+# Commands neither use the Ray of other tests nor reach the hub.
 ENVIRONMENT = os.environ | {
     "RAY_ADDRESS": "local",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,7 +34,7 @@ def serve_run(
     **environment: str,
 ) -> Iterator[list[str]]:
     """Start `serve run`; once the bot is ready, yield the lines that it prints. Ctrl-C ends it."""
-    # Two Serves can share a port. Each then gets some of the requests.
+    # Two Serves can share a port, and each then gets some of the requests.
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", 8000)) != 0, "port 8000 is in use"
     process = subprocess.Popen(

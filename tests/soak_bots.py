@@ -1,4 +1,4 @@
-"""The real bots. They fail now and then, and report each request's outcome and what is left."""
+"""Real bots that sometimes fail, and that report the outcomes of requests and what is left."""
 
 import asyncio
 import gc
@@ -25,14 +25,14 @@ from textbot import Textbot
 
 FAIL_EVERY = 20  # generations, so 5 % of them fail
 FAIL_WITHIN = 6  # steps, fewer than any reply takes
-SETTLE_S = 10  # anything still there after this time is left over
+SETTLE_S = 10  # anything that still exists after this time is left over
 THREAD_OF_POOL = re.compile(r"_\d+$")
 OURS = {"streaming_bots", "textbot", "chatbot", "batchbot", "continuousbot"}
 PREFILL_S = 0.02  # at least this long, or no client could leave during it
 
 
 class Report(NamedTuple):
-    """One replica at rest: what happened since the last report, and what is still there."""
+    """An idle replica: what happened since the last report, and what still exists."""
 
     pid: int
     arrived: dict[str, int]  # by request id; a WebSocket has one id
@@ -130,7 +130,7 @@ class SoakBot:
         return 1
 
     async def report(self) -> Report:
-        """Wait until all requests are over and the model rests; report, and start over."""
+        """Wait until all requests have ended and the model is idle; report, and start over."""
         own = asyncio.current_task()
         if self.at_rest and (working := asyncio.all_tasks() - self.at_rest - {own}):
             await asyncio.wait(working, timeout=SETTLE_S)
@@ -219,7 +219,7 @@ class SoakBatchbot(SoakBot, Batchbot.func_or_class):
 
 class SoakContinuousBatch(SoakBot):
     def note(self, streamer: Any) -> None:
-        """Make one reply fail alone. A failed step would fail all replies and the replica."""
+        """Make one reply fail. A failed step would fail all replies and the replica."""
         self.generations += 1
         super().note(streamer)
         if next(self.numbers) % FAIL_EVERY == 0:
@@ -257,7 +257,7 @@ class SoakBatchedChatbot(SoakContinuousBatch, Chatbot.func_or_class):
     pass
 
 
-LITTLE = {"prefix_cache_mb": 1}  # so that memory does not grow for long
+LITTLE = {"prefix_cache_mb": 1}  # so that the cache soon stops growing
 SOAKED = {
     "textbot": (SoakTextbot, Textbot, LITTLE),
     "chatbot": (SoakChatbot, Chatbot, LITTLE),

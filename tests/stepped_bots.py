@@ -1,7 +1,7 @@
-"""The real bots. Their model waits at a gate before each step, so that tests decide the order.
+"""Real bots whose model waits at a gate before each step, so that tests decide the order.
 
-A test lets the model take some steps. The test then does what it is about: it reads, disconnects or
-asks again. It waits for the events that this causes in the bot, and lets the model continue.
+A test lets the model take some steps, and then reads, disconnects or asks again. It waits for the
+events that this causes in the bot, and lets the model continue.
 """
 
 import asyncio
@@ -34,10 +34,10 @@ DECODE_ERROR = "The reply cannot be decoded."
 
 
 class Reporter:
-    """Tells the gate what happens, from a thread of its own.
+    """Reports events to the gate from its own thread.
 
-    When Ray cancels a request, it also cancels the calls that the request has made. Without this
-    thread, the news of the request's end would be lost.
+    When Ray cancels a request, it also cancels the request's calls. Without this thread, the report
+    of its end would be lost.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -81,7 +81,7 @@ class SteppedBot:
             raise error
 
     def spoil(self, decoder: TextDecoder, input_ids: list[int]) -> None:
-        """Make the decoder of a certain prompt fail at the third token."""
+        """Make the decoder of a prompt with DECODE_ERROR fail at the third token."""
         if DECODE_ERROR in self.tokenizer.decode(input_ids):
             step = decoder.step
 
@@ -96,7 +96,7 @@ class SteppedBot:
         return os.getpid()
 
     def flush(self) -> None:
-        """Tell the gate everything that is left, such as the end of an earlier test's request."""
+        """Send pending reports, such as the end of an earlier test's request."""
         self.report.flush()
 
     def stall_after(self, seconds: float) -> None:
@@ -138,7 +138,7 @@ class SteppedTextbot(SteppedSingleReplyBot, Textbot.func_or_class):
 
 
 class SteppedChatbot(SteppedSingleReplyBot, Chatbot.func_or_class):
-    """A Chatbot with fewer places, which notices sooner that its replica ends."""
+    """A Chatbot with fewer places, which notices sooner that Serve stops its replica."""
 
     async def __init__(self, *arguments: Any, **options: Any) -> None:
         drain.LOOK_EVERY_S, drain.SILENCE_S = 0.5, 3 * HEALTH_CHECK_PERIOD_S
@@ -163,7 +163,7 @@ class SteppedBatchbot(SteppedBot, Batchbot.func_or_class):
 
 
 class SteppedSmallestBot(SmallestBot.func_or_class):
-    """The tutorial's first bot, which has nothing to report but its model's steps."""
+    """The tutorial's first bot, which reports only its model's steps."""
 
     async def __init__(self, gate: Gate, model: str) -> None:
         await super().__init__(model)
@@ -173,7 +173,7 @@ class SteppedSmallestBot(SmallestBot.func_or_class):
     before_step = SteppedBot.before_step
 
 
-# By name in the tests: the stepped bot, the original, and the arguments of the constructor.
+# By name: the stepped bot, the original, and arguments for the constructor.
 STEPPED: dict[str, tuple[type, serve.Deployment, dict[str, Any]]] = {
     "textbot": (SteppedTextbot, Textbot, {}),
     "chatbot": (SteppedChatbot, Chatbot, {}),

@@ -23,7 +23,7 @@ class Terminal:
             dimensions=(HEIGHT, WIDTH),
         )
         self.screen = pyte.Screen(WIDTH, HEIGHT)
-        self.screen.write_process_input = self.process.send  # such as the place of the cursor
+        self.screen.write_process_input = self.process.send  # such as the cursor's position
         self.stream = pyte.Stream(self.screen)
 
     @property

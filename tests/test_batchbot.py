@@ -73,7 +73,7 @@ def batchbot(bots: Bots) -> Iterator[Bot]:
 
 @pytest.fixture
 def pairs(batchbot: Bot) -> Bot:
-    """A Batchbot that begins a batch as soon as two requests are there, and not before."""
+    """A Batchbot that begins a batch only when two requests wait."""
     batches_of(batchbot, 2, wait_s=60)
     return batchbot
 
@@ -105,7 +105,7 @@ def test_the_first_chunk_arrives_while_the_model_still_generates(batchbot):
 
 def test_a_short_reply_closes_before_the_long_one(pairs, loaded):
     short_tokens = len(loaded.tokenizer(reference(loaded, [SHORT], MAX_NEW_TOKENS))["input_ids"])
-    pairs.gate.hold_after(short_tokens + 1)  # its words and the token that ends it
+    pairs.gate.hold_after(short_tokens + 1)  # its text and its end token
     with ThreadPoolExecutor(2) as callers:
         long = callers.submit(http_reply, pairs, LONG)
         short = callers.submit(http_reply, pairs, SHORT)
@@ -147,7 +147,7 @@ def test_a_finished_or_abandoned_row_costs_nothing_more(batchbot, loaded):
     assert staying.outcome() == "finished"
     assert staying.text == reference(loaded, [LONG], 8)
     prompt = len(loaded.tokenizer(LONG)["input_ids"]) + 1
-    # Three prompts; two steps with three rows; two with two rows; three with the staying row.
+    # Three prompts; two steps with three rows; two with two rows; three with the last row.
     assert batchbot.gate.count("tokens") == 3 * prompt + 2 * 3 + 2 * 2 + 3
     batchbot.gate.wait("finished", 2)
 
@@ -180,9 +180,9 @@ def test_a_client_that_leaves_stops_its_row_alone(pairs, loaded):
 
 
 def test_replies_are_complete_even_if_generate_stops_one_step_late(pairs, loaded, monkeypatch):
-    """On Apple's GPUs, transformers does this: it asks once more whether to stop."""
+    """On Apple's GPUs, transformers checks the stopping criteria one step late."""
     monkeypatch.setattr(DeferredStopCheck, "is_supported", lambda *_, **__: True)
-    monkeypatch.setattr(torch, "Event", Mock)  # CPUs have no events, and none to wait for
+    monkeypatch.setattr(torch, "Event", Mock)  # CPUs have no events
     for lengths in ((3, 4), (4, 3), (3, 9)):
         replies = replies_together(pairs, [LONG, LONG], list(lengths))
         assert replies == [reference(loaded, [LONG], length) for length in lengths]
@@ -272,7 +272,7 @@ BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2)  # co
 
 
 def batchbot_of(config: PreTrainedConfig, folder: Path, size: int) -> Application:
-    """Return a Batchbot with such a model. A batch begins when `size` prompts are there."""
+    """Return a Batchbot with a random model. A batch begins when `size` prompts wait."""
     save_random_model(config, folder)
     settings = {"max_batch_size": size, "batch_wait_timeout_s": 60}
     return Batchbot.options(user_config=settings).bind(str(folder))
@@ -344,8 +344,7 @@ def test_a_reply_with_unread_tokens_fails_when_the_model_dies(loaded):
 def test_rows_end_independently_with_any_kind_of_cache(
     config, goes_on, bots: Bots, run_other, tmp_path
 ):
-    """GPT's cache is empty. Mamba reads everything again on top of its own cache. RecurrentGemma
-    keeps its state elsewhere."""
+    """GPT has no cache, Mamba reads everything again, and RecurrentGemma hides its state."""
     prompts, lengths = ["Hi!", "Bye!", "How?"], [3, 6, 9]
     bot = run_other(batchbot_of(config, tmp_path, 3))
     read: list[int] = []  # tokens in each step
@@ -354,13 +353,13 @@ def test_rows_end_independently_with_any_kind_of_cache(
         with_kwargs=True,
     )
     replies = replies_together(bot, prompts, lengths)
-    assert len(set(map(len, replies))) > 1  # they did not end together
-    assert (max(read[1:]) <= len(prompts)) == goes_on  # with the cache as it was
+    assert len(set(map(len, replies))) > 1  # they ended apart
+    assert (max(read[1:]) <= len(prompts)) == goes_on  # tokens per step: the cache is used
     assert replies == replies_alone(tmp_path, prompts, lengths)
 
 
 def test_a_long_prompt_in_the_batch_takes_no_room_from_another_reply(run_other, tmp_path):
-    """GPT-Neo has no place beyond its context, even if the context begins with padding."""
+    """GPT-Neo has no positions beyond its context, even if the context begins with padding."""
     prompts, lengths = ["x" * 59, "Hey!", "Hi!"], [4, 32, 4]
     replies = replies_together(run_other(batchbot_of(GPT_NEO, tmp_path, 3)), prompts, lengths)
     assert replies == replies_alone(tmp_path, prompts, lengths)

@@ -1,4 +1,4 @@
-"""The Chatbot on continuous batches: of many conversations at once, none sees another."""
+"""The Chatbot on continuous batches: many conversations at once, each on its own."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,7 +23,7 @@ def chatbot(bots: Bots) -> Bot:
 
 
 def test_32_chats_at_once_get_the_replies_they_would_get_alone(chatbot, loaded):
-    """The chats have different lengths. Each knows what was said in it, and in no other."""
+    """The chats have different lengths. Each remembers only its own messages."""
     introductions = [
         f"My name is {NAMES[number % len(NAMES)]}{'!' * (number // len(NAMES))}"
         for number in range(32)

@@ -102,7 +102,7 @@ def test_a_reply_appears_word_by_word_with_its_speed_and_the_models_name(page, c
 
 
 def test_no_other_page_may_embed_the_chat_page(browser, chatbot):
-    page = new_page(browser)  # its console tells why
+    page = new_page(browser)  # its console reports the refusal
     page.set_content(f'<iframe src="{chatbot.http}"></iframe>')
     expect(page.frame_locator("iframe").get_by_role("status")).to_have_count(0)
     assert any("frame-ancestors" in problem for problem in page.problems)
@@ -179,7 +179,7 @@ def test_the_page_reconnects_after_a_restart_and_says_that_the_conversation_is_n
 
 
 class Relay:
-    """Stands between a page and its bot's WebSocket. A test can stop all messages or close it."""
+    """A relay between a page and its bot. A test can stop all messages or close the WebSocket."""
 
     def __init__(self, page: Page) -> None:
         self.dead = False
@@ -380,7 +380,7 @@ def test_the_page_follows_a_reply_unless_the_user_scrolls_up(browser, chatbot):
     assert page.evaluate(left) < 2
     chatbot.gate.hold_after(1)
     say(page, STORY)
-    expect(last_reply(page)).not_to_be_empty()  # no more text is on its way
+    expect(last_reply(page)).not_to_be_empty()  # all text so far has arrived
     page.evaluate("document.all.log.scrollTop = 0")
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     chatbot.gate.release()  # now that the page knows that the user has scrolled

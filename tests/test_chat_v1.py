@@ -118,7 +118,7 @@ def test_a_ping_is_answered_even_during_a_reply(chatbot):
 
 
 def test_the_length_limit_of_a_prompt_does_not_depend_on_its_json_escapes(chatbot, loaded):
-    # In JSON, each character is \u00e4, six bytes. The bot counts the tokens, and too many come.
+    # In JSON, each character is \u00e4, six bytes. The bot counts tokens, and these are too many.
     with chat(chatbot) as client:
         text, end = client.ask("ä" * 3000)
     assert (text, end["type"]) == ("", "error")
@@ -177,7 +177,7 @@ def test_a_waiting_client_is_told_how_many_prompts_are_ahead(one_at_a_time, load
         assert two.receive() == {"type": "waiting", "ahead": 1}
         three.prompt(HELLO)
         assert three.receive() == {"type": "waiting", "ahead": 2}
-        two.send(type="stop")  # the client hears of it before its turn
+        two.send(type="stop")  # it ends before its turn
         assert two.answer()[1]["finish_reason"] == "cancelled"
         assert three.receive() == {"type": "waiting", "ahead": 1}  # the line has moved
         one_at_a_time.gate.release()

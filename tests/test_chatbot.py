@@ -1,4 +1,4 @@
-"""chatbot.py: a conversation per socket, and how each one ends."""
+"""chatbot.py: one conversation per socket, and how it ends."""
 
 import asyncio
 import json
@@ -234,7 +234,7 @@ def test_a_shorter_reply_leaves_more_room_for_a_prompt(chatbot, loaded):
     with connect(f"{chatbot.ws}?max_new_tokens=3") as websocket:
         assert ask(websocket, prompt) == reference(loaded, [prompt], 3)
     with connect(f"{chatbot.ws}?max_new_tokens=3") as websocket:
-        websocket.send("x" * 10_000)  # more bytes than a reply of 400 tokens would leave room for
+        websocket.send("x" * 10_000)  # more bytes than would fit beside a reply of 400 tokens
         with pytest.raises(ConnectionClosedError, match="tokens"):
             websocket.recv(timeout=HANG_S)
 
@@ -274,7 +274,7 @@ def connection_to(ws: Any) -> ChatConnection:
 
 
 def socket_that_receives(*messages: dict[str, Any]) -> tuple[WebSocket, list[str]]:
-    """Return a WebSocket with a client that sends these, and the types of what the client gets."""
+    """Return a WebSocket whose client sends these, and the list of message types it gets."""
     received, sent = [{"type": "websocket.connect"}, *messages], []
 
     async def receive() -> Any:
@@ -289,7 +289,7 @@ def socket_that_receives(*messages: dict[str, Any]) -> tuple[WebSocket, list[str
 
 
 def test_a_read_that_serve_cancels_is_treated_as_a_client_that_has_left(caplog):
-    """This happens when many clients leave at once, so the test makes it happen here."""
+    """Serve does this when many clients leave at once."""
 
     async def open_chat() -> None:
         ws, _ = socket_that_receives()
@@ -302,7 +302,7 @@ def test_a_read_that_serve_cancels_is_treated_as_a_client_that_has_left(caplog):
 
 
 def test_a_client_that_keeps_sending_on_a_closed_socket_causes_no_error(caplog):
-    """An error closes a plain socket. The client's prompts may still come before its own close."""
+    """An error closes a plain socket, but prompts may still arrive before the client's close."""
     prompt = {"type": "websocket.receive", "text": "Hello!"}
 
     async def open_chat() -> list[str]:

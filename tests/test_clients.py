@@ -327,7 +327,7 @@ def test_a_failed_chat_reply_is_a_one_line_error_with_status_1_and_later_replies
 
 @contextmanager
 def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Yield the URL of a server that answers as its handler likes."""
+    """Yield the URL of a server with this handler."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
         thread.submit(server.serve_forever)
         try:
@@ -493,7 +493,7 @@ def test_a_servers_refusal_message_cannot_control_the_terminal():
 
 
 def test_a_chat_with_unread_output_stays_connected():
-    """In `less`, say, the output fills up. The client must still answer the server's pings."""
+    """In `less`, the pipe fills up. The client must still answer the server's pings."""
     answered = threading.Event()
 
     def answer(websocket: ServerConnection) -> None:

@@ -1,7 +1,7 @@
-"""deploy/serve_config.yaml on a cluster of two nodes that get the code only from a zip.
+"""deploy/serve_config.yaml on a cluster of two nodes, whose only code is in a zip.
 
-The nodes' Python finds the libraries, but not this checkout. Their working folder is empty. The
-nodes share this machine, and so one proxy.
+The nodes' Python finds the libraries, but not this checkout. Their working folder is empty. They
+share this machine, and therefore one proxy.
 """
 
 import json
@@ -101,7 +101,7 @@ class Cluster:
         self.wait_for_status(name, "RUNNING")
 
     def rows(self, node: str) -> int:
-        """Count the replies that a node's replicas write in batches, by their own metrics."""
+        """Return how many replies a node's replicas are writing in batches, by their metrics."""
         url = f"http://127.0.0.1:{self.metrics_ports[node]}/metrics"
         page = requests.get(url, timeout=HANG_S).text
         found = re.findall(r"^ray_bot_requests_running\{.*\} (\S+)$", page, re.MULTILINE)
@@ -217,7 +217,7 @@ def test_a_bad_config_is_rejected_and_the_running_version_serves(
     arguments = cluster.application("batchbot")["args"]
     good = dict(arguments)
     arguments |= mistake
-    assert cluster.deploy(tmp_path).returncode == 0  # Serve takes it, and then tries it
+    assert cluster.deploy(tmp_path).returncode == 0  # Serve accepts it before it tries it
     failed = cluster.wait_for_status("batchbot", "DEPLOY_FAILED")
     reasons = [failed["message"], *(each["message"] for each in failed["deployments"].values())]
     assert message in "".join(reasons)

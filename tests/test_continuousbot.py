@@ -148,7 +148,7 @@ def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
         batch = new_batch(loaded.model, 128, 2)
         streamer = new_streamer(loaded.tokenizer, (), [1, 2, 3], 8)
         batch.manager.stop(hard_stop=True)
-        batch.manager.is_running = lambda: True  # for a moment it still runs, but takes no more
+        batch.manager.is_running = lambda: True  # it still seems to run, but takes no more
         batch.submit(streamer)
         with pytest.raises(BatchFailed, match="the model's thread is dead"):
             await asyncio.wait_for(anext(aiter(streamer)), HANG_S)
@@ -159,7 +159,7 @@ def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
 
 
 def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):
-    """The manager then takes a reply out of the batch, and computes it again later."""
+    """The manager then removes a reply from the batch, and computes it again later."""
     monkeypatch.setattr(kv_cache, "TOKENS_PER_ROW", 32)
     offload, offloaded = OffloadingManager.offload_requests, []
 
@@ -288,7 +288,7 @@ GEMMA = Gemma3TextConfig(
 
 
 def test_a_model_without_sdpa_is_tried_out_before_it_computes_in_pages():
-    """The start compares the batch with `generate`, which no longer works after the switch."""
+    """The start compares the batch with `generate`, which fails after the switch to pages."""
     config = Gemma2Config(
         hidden_size=32,
         intermediate_size=32,
@@ -357,7 +357,7 @@ def test_the_cache_has_room_for_the_rows_or_a_long_prompt_in_half_of_the_memory(
 
 
 def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
-    """When the model has written a reply, the reply is over for the batch."""
+    """A reply leaves the batch when the model has written it."""
 
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
@@ -469,7 +469,7 @@ def test_a_long_prompt_gets_its_turn_though_short_ones_keep_coming(loaded, monke
             await batch.moved.wait()
         before = ended
         await asyncio.wait_for(ask(400 - shared, 2), HANG_S / 2)
-        assert ended - before < 24 + 2 * 8  # the others that were there before it, and a few
+        assert ended - before < 24 + 2 * 8  # those that came before it, and a few more
         for other in others:
             other.cancel()
         batch.manager.stop(hard_stop=True)
@@ -492,7 +492,7 @@ def test_a_common_beginning_of_prompts_is_computed_once(loaded):
     manager.stop(hard_stop=True)
     hook.remove()
     assert replies == [reference(loaded, turns, 8) for turns in conversations]
-    assert sum(computed) - first < 2 * first  # although these are three prompts
+    assert sum(computed) - first < 2 * first  # for three prompts
 
 
 asked = st.tuples(
@@ -507,7 +507,7 @@ asked = st.tuples(
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
 def test_clients_get_their_replies_while_others_come_and_go(monkeypatch, device):
-    """The cache holds two long replies, so some replies must leave it. All others may then go."""
+    """The cache holds two long replies, so some must leave it. All other clients may then leave."""
     loaded = load_model(BUNDLED, device=device)
     offload, leaving = OffloadingManager.offload_requests, [0]  # after this many offloads
 

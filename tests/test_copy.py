@@ -1,4 +1,4 @@
-"""docs/copy.md: its steps make a service of a copied bot in an empty folder, with the wheel."""
+"""docs/copy.md: its steps turn a copied bot and the wheel into a service in an empty folder."""
 
 import re
 import shlex
@@ -39,7 +39,7 @@ def run(shown: list[Command], folder: Path, path: Path, **variables: str) -> str
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the first section makes.
 
-    Its environment has the packages of this one, unless the parameter says that it is `fresh`.
+    Unless the parameter is true (`fresh`), its environment has the packages of this one.
     """
     fresh = request.param
     folder = tmp_path_factory.mktemp("copy")

@@ -57,7 +57,7 @@ class Exported:
         self.labels: dict[str, set[str]] = {}  # that all of a metric's series have
 
     def scrape(self) -> None:
-        """Add what is there now. Ray drops a gauge that nobody sets for a while."""
+        """Add the metrics exported now. Ray drops a gauge that is not set for a while."""
         port = ray.nodes()[0]["MetricsExportPort"]
         page = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S).text
         self.kinds |= re.findall(r"^# TYPE (\w+) (\w+)$", page, re.MULTILINE)
@@ -70,7 +70,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(served_bots: dict[str, Bot]) -> Exported:
-    """What is exported when a bot has replied to a request and refused one."""
+    """The metrics after a bot has replied to requests and refused one."""
     bot = served_bots["textbot"]
     bot.gate.open()
     for prompt in ("Hello!", "Hello!", ""):  # the second one's prompt is cached
@@ -90,7 +90,7 @@ def test_a_query_names_metrics_and_labels_that_a_bot_exports(exported, name):
     for metric in query.metrics:
         assert metric in exported.labels
         assert query.labels[metric] <= exported.labels[metric], metric
-        # Only what counts up has a rate, and a count itself says little.
+        # Counters need a rate, and gauges must not have one.
         counts = exported.kinds.get(metric) == "counter" or metric.endswith("_bucket")
         assert counts == (metric in query.rates), metric
 

@@ -189,7 +189,7 @@ def ask_all(loaded: Any) -> None:
 
 
 def run_all() -> bool:
-    """Return whether Serve's proxy knows all bots. It knows them when they run."""
+    """Return whether Serve's proxy knows all bots, which means that they run."""
     try:
         routes = requests.get("http://127.0.0.1:8000/-/routes", timeout=HANG_S).json()
     except (requests.ConnectionError, ValueError):

@@ -1,7 +1,7 @@
-"""What can go wrong, by bot: what the client sees, what the model does, what the bot counts.
+"""Faults of each bot: what the client sees, what the model does, and what the bot counts.
 
-All of it holds on both of Serve's ingresses. `pytest` and `pytest -m haproxy` run the cases that
-differ in code. `-m exhaustive` runs every bot, moment and way.
+The tests hold on both of Serve's ingresses. `pytest` and `pytest -m haproxy` run the cases that
+take different code. `-m exhaustive` runs every bot, moment and way.
 """
 
 import os
@@ -96,7 +96,7 @@ def of(*names: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def triple(subject: Subject) -> Iterator[Subject]:
-    """A Batchbot that begins a batch as soon as three requests are there, and not before."""
+    """A Batchbot that begins a batch only when three requests wait."""
     batches_of(subject.bot, 3, wait_s=HANG_S)
     yield subject
     batches_of(subject.bot)
@@ -133,7 +133,7 @@ def test_a_client_that_leaves_the_queue_never_starts_the_model(subject, loaded, 
 @pytest.mark.exhaustive
 @of("chatbot")
 def test_a_client_that_answers_no_ping_counts_as_gone_after_40_s(subject):
-    """A laptop that sleeps has such a client. uvicorn pings every 20 s, and waits for as long."""
+    """A sleeping laptop has such a client. uvicorn pings every 20 s, and waits another 20 s."""
     subject.gate.hold_after(0)
     staying = subject.call(SHORT, 2)
     subject.gate.wait("step", 1)
@@ -157,7 +157,7 @@ def test_a_client_that_answers_no_ping_counts_as_gone_after_40_s(subject):
 
 
 def differs_in_code(bot: str, moment: str, way: str) -> bool:
-    """Moments differ in how a response begins and ends, ways in what a WebSocket makes of them."""
+    """Whether a case takes other code: moments do over HTTP, and ways over a WebSocket."""
     if bot == "chatbot" and moment == "in mid-reply":
         return True
     if bot.endswith(V1):
@@ -195,9 +195,9 @@ def test_a_client_that_leaves_stops_the_model_within_one_token(subject, loaded, 
 def overlooked(subject: Subject, requests: int, leaving: int = 1) -> bool:
     """Return whether HAProxy fails to report all clients that have left.
 
-    Now and then, version 2.8.25 busily keeps the connection to the replica open. It only notices
-    that the client has left when it has text to pass on. The reply must end then, at the latest by
-    itself. A client that has only closed its own half may still read it.
+    Sometimes, version 2.8.25 keeps the connection to the replica open, and notices that the client
+    has left only when it has text to pass on. The reply must end then, or at its own end. A client
+    that has only closed its own half may still read it.
     """
     if INGRESS != "haproxy" or subject.is_chat:
         return False
@@ -353,7 +353,7 @@ def test_a_killed_replica_fails_its_requests_and_is_replaced(subject, loaded):
 
 
 def ask_until_served(subject: Subject):
-    """As long as the ingress has no replica for the request, ask again."""
+    """Ask again until the ingress has a replica for the request."""
     for _ in range(100):
         try:
             caller = subject.call(SHORT, 2)

@@ -1,4 +1,4 @@
-"""If a model hangs or dies, its replies fail, and the health check has Serve replace the bot."""
+"""If a model hangs or dies, its replies fail, and the health check makes Serve replace it."""
 
 import asyncio
 import inspect
@@ -80,6 +80,6 @@ def test_a_replica_stops_draining_when_serve_asks_for_its_health_again(monkeypat
 
 
 def test_serve_asks_for_health_on_the_event_loop():
-    """If a method is no coroutine, Serve calls it in another thread, and state changes there."""
+    """Serve calls a method that is not a coroutine in another thread, where state would change."""
     for bot in (Textbot, Chatbot, Batchbot, Continuousbot):
         assert inspect.iscoroutinefunction(bot.func_or_class.check_health)

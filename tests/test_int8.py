@@ -1,4 +1,4 @@
-"""models/int8.py: weights of eight bits, in every bot."""
+"""models/int8.py: 8-bit weights, in every bot."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +38,7 @@ def loaded_int8() -> LoadedModel:
 
 
 def byte_size(model: nn.Module) -> int:
-    """Bytes of a model's weights; those in eight bits are in no parameter or buffer."""
+    """Return the bytes of a model's weights. The int8 ones are in no parameter or buffer."""
     packed = [each.packed.unpack()[0] for each in model.modules() if isinstance(each, Int8Linear)]
     tensors = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
     return sum(tensors.values()) + sum(each.numel() + 4 * each.shape[0] for each in packed)

@@ -196,7 +196,7 @@ def broken(folder: Path, *names: str) -> None:
         (lambda folder: broken(folder, "config.json"), "the configuration cannot be read"),
         (lambda folder: broken(folder, "tokenizer.json"), "the tokenizer cannot be read"),
         (lambda folder: T5Config().save_pretrained(folder), "t5 is not a causal language model"),
-        # BERT loads as one, but reads what comes after a token.
+        # BERT loads as one, but attends to later tokens.
         (lambda folder: BertConfig().save_pretrained(folder), "bert is not a causal"),
     ],
     ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "t5", "bert"],

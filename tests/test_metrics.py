@@ -48,7 +48,7 @@ def scrape(application: str) -> Counter[str]:
 def increases(
     before: dict[str, Counter[str]], expected: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, float]]:
-    """Return what was added to each bot's metrics, once it is as expected or time is up."""
+    """Return the increase of each bot's metrics, once it is as expected or time is up."""
     deadline = time.monotonic() + REPORTED_S
     while True:
         added = {}
@@ -159,7 +159,7 @@ def test_a_client_that_leaves_while_its_request_is_read_counts_as_cancelled(left
 
 
 def test_a_long_reply_is_observed_on_several_turns_of_the_event_loop():
-    metrics = BotMetrics.__new__(BotMetrics)  # whose metrics are not those of Ray
+    metrics = BotMetrics.__new__(BotMetrics)  # without Ray's metrics
     metrics.tokens = metrics.prompt_tokens = metrics.first_token = metrics.inter_token = Mock()
     reply = SimpleNamespace(
         token_times=[float(2**power) for power in range(1000)],

@@ -71,7 +71,7 @@ def test_streamers_run_one_after_another_and_each_knows_how_many_are_ahead():
             thread.submit(streamers[-1], *job)
         line = thread.line(streamers[3])
         assert await anext(line) == 3
-        thread.cancel(streamers[1])  # it leaves its place to those behind it
+        thread.cancel(streamers[1])  # those behind it move up
         assert await anext(line) == 2
         held.go.set()
         assert [await read(streamer) for streamer in streamers[:3]] == ["", "", "2"]
@@ -175,11 +175,11 @@ def test_a_run_that_ends_just_as_it_is_given_up_leaves_the_replica_healthy():
         thread, held = new_thread(), Held()
         running, following = await held.submit_to(thread), new_streamer(TOKENIZER)
         held.go.set()
-        while not running.complete:  # without awaiting, so that the loop hears nothing of it
+        while not running.complete:  # without awaiting, so that the loop does not notice
             time.sleep(0.001)  # noqa: ASYNC251
         thread.give_up(ModelStalled("no progress"))
         assert await read(running) == ""
-        await until_free(thread)  # now the loop hears of the end
+        await until_free(thread)  # now the loop notices the end
         thread.submit(following, say, "hello")
         assert await read(following) == "hello"
 

@@ -1,4 +1,4 @@
-"""The moving pictures: small, complete as still images, and true to what they say."""
+"""The animated pictures are small, complete as still images, and true."""
 
 import base64
 import subprocess
@@ -18,7 +18,7 @@ PROMPTS = ["Tell me a story.", "Write a poem.", "Why is the sky blue?", "Tell me
 SVG = "{http://www.w3.org/2000/svg}"
 MAKE_S = 900  # only bounds a hang
 
-# For each of 200 moments of the loop: the text that is seen of each reply, in the picture's order.
+# For each of 200 moments of the loop: the visible text of each reply, in the picture's order.
 REPLAY = """
 () => {
   const animations = document.getAnimations();
@@ -35,7 +35,7 @@ REPLAY = """
   });
 }
 """
-# The texts that do not keep a distance to the picture's edges and, in columns, to the next column.
+# The texts that are too close to the picture's edges or to the next column.
 TOO_WIDE = """
 () => {
   const svg = document.querySelector("svg");
@@ -105,7 +105,7 @@ def test_the_replay_shows_how_each_bot_takes_the_prompts(browser, name):
         assert all(new.startswith(old) for old, new in zip(earlier, later, strict=True))
 
     def states(bot: str) -> list[list[str]]:
-        """For each moment of the replay, how far each of a bot's replies is."""
+        """Return the progress of each of a bot's replies, by moment of the replay."""
         mine = slice(BOTS.index(bot) * len(PROMPTS), (BOTS.index(bot) + 1) * len(PROMPTS))
         return [
             [

@@ -1,4 +1,4 @@
-"""prefix_cache.py: what a conversation's next turn need not read again."""
+"""prefix_cache.py: the next turn of a conversation reads only what is new."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ def cache(loaded):
 
 
 def write(cache: PrefixCache, loaded, ids: list[int], tokens: int = 4) -> tuple[list[int], int]:
-    """Have a reply written; return its tokens, and how many of the prompt were known."""
+    """Generate a reply; return its tokens, and how many tokens of the prompt were cached."""
 
     async def run() -> tuple[list[int], int]:
         streamer = new_streamer(loaded.tokenizer, (), ids, tokens)
@@ -43,7 +43,7 @@ def write(cache: PrefixCache, loaded, ids: list[int], tokens: int = 4) -> tuple[
 
 
 def storage(cache: DynamicCache) -> int:
-    """Bytes that a cache holds, with those of which it is only a view."""
+    """Return the bytes that a cache keeps alive, including those outside its views."""
     return sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
 
 
@@ -96,7 +96,7 @@ def test_a_reply_that_fails_keeps_nothing(cache, loaded):
 
 
 SLIDING = {"sliding_window": 8}
-LONGROPE = {  # keys depend on the length of the prompt that they were computed for
+LONGROPE = {  # keys depend on the length of their prompt
     "sliding_window": None,
     "rope_parameters": {
         "rope_type": "longrope",

@@ -47,7 +47,7 @@ def chatbot(port: int, new_gate: Callable[[], Gate]) -> Iterator[Deployed]:
 
 
 def closed(websocket: ClientConnection) -> Close:
-    """Return how the bot closes a socket, on which nothing more may come."""
+    """Return how the bot closes a socket; fail if a message arrives first."""
     with pytest.raises(ConnectionClosedError) as error:
         websocket.recv(timeout=HANG_S)
     return error.value.rcvd

@@ -1,4 +1,4 @@
-"""`POST /` of the bots that have it: what they take, refuse and fail at, and how they say so."""
+"""`POST /` of the HTTP bots: what they accept and refuse, and how they report failures."""
 
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection

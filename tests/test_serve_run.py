@@ -1,4 +1,4 @@
-"""`serve run`, as people type it: what it starts, what arguments change, what mistakes cause."""
+"""`serve run` in a subprocess: its output, its arguments, and mistakes."""
 
 import re
 import subprocess
@@ -39,7 +39,7 @@ def textbot(checkout: Path) -> Iterator[Run]:
 
 @contextmanager
 def early_client(folder: Path, name: str, *arguments: str) -> Iterator:
-    """Start a client before its bot; yield a function that returns how the client has ended."""
+    """Start a client before its bot; yield a function that waits for the client to end."""
     command = [sys.executable, f"clients/{name}_client.py", *arguments]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=folder, text=True, **pipes) as client:
@@ -135,7 +135,7 @@ def test_the_config_for_haproxy_answers_this_machine_only(checkout, loaded):
     environment = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else it takes 30 s to end
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else shutting down takes 30 s
     }
     submitted = "Submitted deploy config"  # for a config file, `serve run` prints nothing later
     until_ready = Retry(

@@ -130,7 +130,7 @@ def test_a_prompt_has_no_more_tokens_than_the_operator_allows(run_other, model, 
 @each_bot
 def test_a_system_prompt_begins_every_conversation(run_other, model, module, arguments):
     bot = run_other(module.build(arguments(model=str(model), system_prompt="!")))
-    # The model's reply depends on the number of tokens. The system prompt has two of them.
+    # The model's reply depends on the number of tokens. The system prompt has two.
     caller = call(module, bot, "x" * (len(EMOJI_PROMPT) - 2))
     assert (caller.outcome(), caller.text) == ("finished", "Hello")
 

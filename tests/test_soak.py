@@ -1,4 +1,4 @@
-"""Two thousand requests: many go wrong, but none is lost, and nothing is left over."""
+"""Two thousand requests, of which many fail or are cancelled. None is lost or leaks anything."""
 
 import asyncio
 import itertools
@@ -36,11 +36,11 @@ LONGEST_CHAT = 6
 MAX_NEW_TOKENS = 24
 SAMPLE_EVERY = 50  # requests
 OUTCOMES = ["finished", "failed", "cancelled", "refused"]
-# 2 % of a replica. The allocator moves it by up to 4 MB, in both directions. If a bot lost 30 kB in
-# each of its 400 requests, it would show.
+# 2 % of a replica. The allocator moves memory by up to 4 MB, in both directions. A leak of 30 kB in
+# each of a bot's 400 requests would show.
 GROWTH_MB = 7
-# Serve's batching holds the last batch until the next. Pools of threads fill up late. If each
-# request, or some, left something over, there would be hundreds.
+# Serve's batching holds the last batch until the next, and thread pools fill up late. If requests
+# leaked, there would be hundreds of objects.
 ALLOWANCE = 2 * BatchSettings().max_batch_size
 HANG_S = 60  # only bounds a hang
 REPORTED_S = 60  # Ray reports counters every few seconds
@@ -84,7 +84,7 @@ class Visit:
 
 
 def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
-    """Plan this many requests for each bot, in visits by clients that want all kinds of things."""
+    """Plan this many requests for each bot, in random visits."""
     visits = []
     for bot, left in numbers.items():
         while left:
@@ -109,8 +109,7 @@ def plan(numbers: dict[str, int], dice: random.Random) -> list[Visit]:
 def moment(visit: Visit, dice: random.Random) -> Leave:
     """Choose when a client leaves.
 
-    The bot may not have the request yet. If it has, the request waits, the model reads it, or its
-    reply streams.
+    That may be before the bot has the request, while it waits, in its prefill, or in its reply.
     """
     how, phase = dice.choice(["close", "reset"]), dice.choice(PHASES)
     if phase == "first":
@@ -120,7 +119,7 @@ def moment(visit: Visit, dice: random.Random) -> Leave:
     if phase == "last":
         return Leave(phase=phase, how=how)
     # A reset may destroy what the other side has not read yet. For HTTP, Serve's counters show it.
-    # For a prompt over a WebSocket, nobody could tell whether it ever came.
+    # For a prompt over a WebSocket, nothing shows whether it arrived.
     how = "close" if is_chat(visit.bot) else how
     if phase == "prefill":
         return Leave(phase=phase, how=how)
@@ -264,7 +263,7 @@ class Clients:
 
 
 def reset(transport: asyncio.BaseTransport) -> None:
-    """End a TCP connection like a machine that has crashed and come back."""
+    """End a TCP connection with a reset."""
     linger_not = struct.pack("ii", 1, 0)
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
     transport.abort()
@@ -281,7 +280,7 @@ class Outcome(NamedTuple):
 
 
 async def receive(websocket: ClientConnection, as_json: bool) -> Outcome | str:
-    """Return the outcome of a reply that is over, or a piece of one."""
+    """Return a piece of a reply, or its outcome."""
     text = await websocket.recv()
     if not as_json:
         return Outcome("finished") if text == "<>" else text
@@ -304,7 +303,7 @@ class Counts(NamedTuple):
 
     @property
     def served(self) -> dict[str, int]:
-        """Serve's counts, from the side that counts all.
+        """Serve's counts, by proxy or replica, whichever misses none.
 
         The proxy misses some WebSockets that clients reset. The replica misses some cancelled HTTP
         requests.
@@ -402,7 +401,7 @@ class Soak:
 
 
 def mismatches(seen: Seen, report: Report) -> list[tuple[str, list[str], list[str]]]:
-    """Return the requests that the bot counted otherwise than clients saw them, or not once."""
+    """Return the requests whose counted outcomes differ from what clients saw."""
     found = []
     for name in seen.keys() | report.outcomes.keys() | report.arrived.keys():
         saw, counted = seen.get(name, []), report.outcomes.get(name, [])

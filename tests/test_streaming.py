@@ -81,7 +81,7 @@ def test_each_token_that_completes_a_character_is_text_at_once(emoji):
         ids = emoji.tokenizer(EMOJI_PROMPT + "<|endoftext|>")["input_ids"]
         texts = aiter(streamer)
         first = asyncio.ensure_future(anext(texts))
-        await asyncio.sleep(0)  # it reads
+        await asyncio.sleep(0)  # it starts reading
         new_thread().submit(streamer, generate, emoji.model, ids, 200)
         return [await first, *[text async for text in texts]]
 
@@ -146,7 +146,7 @@ def test_a_queue_with_an_interval_gives_its_first_items_and_its_end_at_once():
         assert await anext(numbers) == [1]
         numbers.put(2)
         following = asyncio.ensure_future(anext(numbers))
-        await asyncio.sleep(0)  # it reads
+        await asyncio.sleep(0)  # it starts reading
         await asyncio.to_thread(numbers.put, 3)
         await asyncio.to_thread(numbers.end)
         assert await following == [2, 3]

@@ -15,7 +15,7 @@ EXPERIMENT_S = 300  # only bounds a hang
 
 SHOWN = commands(TUTORIAL)
 EXPERIMENTS = [command for command in SHOWN if command.line.startswith(EXPERIMENT)]
-# By the arguments of each `serve run`, the commands that ask the bot that it starts
+# For the arguments of each `serve run`, the commands that ask its bot
 ASKED = {}
 for command in SHOWN:
     if command.line.startswith("serve run "):

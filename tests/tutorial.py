@@ -18,7 +18,7 @@ def python_blocks() -> list[str]:
 
 
 def quotes(block: str, source: str) -> bool:
-    """Whether a block has a source's own lines, in their order. A line `...` leaves some out.
+    """Whether a block quotes a source's lines in order. A line `...` stands for omitted ones.
 
     The block may begin further left than the source.
     """

@@ -21,9 +21,9 @@ from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.models.prompt import Message
 
 MAX_PROMPTS_AHEAD = 100  # that one client may send before it gets the replies
-MAX_CHARACTERS_AHEAD = 1_000_000  # in all of these; a client with more may send no other
+MAX_CHARACTERS_AHEAD = 1_000_000  # in all of these; the next prompt closes the chat
 MAX_MESSAGES_PER_SECOND = 200  # from one client
-BYTES_OF_MESSAGE, MAX_WEIGHT = 20_000, 90  # a longer one counts as several, with an upper limit
+BYTES_OF_MESSAGE, MAX_WEIGHT = 20_000, 90  # a longer one counts as several
 MAX_REASON_BYTES = 123  # of a WebSocket close frame (RFC 6455, 5.5)
 
 logger = logging.getLogger("ray.serve")
@@ -55,16 +55,16 @@ class ChatConnection:
         self.unanswered: list[Prompt] = []
         self.conversation = bot.new_conversation()  # the part that the model sees
         self.spoken = 0  # prompts and replies so far
-        self.second, self.received = time.monotonic(), 0  # messages since then
+        self.second, self.received = time.monotonic(), 0  # a second, and the messages in it
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """End the `with` block when the client disconnects. On an error in it, close the socket."""
+        """Ignore a disconnect in the `with` block. On any other error, close the socket."""
         drain = asyncio.create_task(self._end_when_draining())
         try:
             yield
         except* (WebSocketDisconnect, TaskCancelledError):
-            pass  # Serve cancels the reading from a client that has disconnected
+            pass  # Serve cancels `receive` after a disconnect
         except* Exception as errors:
             error = errors.exceptions[0]
             if isinstance(error, Refusal):
@@ -78,7 +78,7 @@ class ChatConnection:
                 self.bot.metrics.count("cancelled")
 
     async def refuse(self, reason: str) -> None:
-        """Close with 1013, try again later. Only an accepted WebSocket can receive a close code."""
+        """Close with 1013 (try again later). Only an accepted WebSocket can get a close code."""
         self.bot.metrics.count("refused")
         await self.close(TooManyWaiting(reason))
 
@@ -89,7 +89,7 @@ class ChatConnection:
             await self.ws.close(close_code(error), reason)
 
     async def take(self, message: ASGIMessage) -> None:
-        """Queue a prompt, or carry out any other message at once."""
+        """Queue a prompt, or obey any other message at once. Raises TooManyWaiting."""
         await asyncio.sleep(0)  # lets other clients run, even if this one keeps sending
         self._limit_rate(message)
         text, options, error = "", self.options, None
@@ -136,7 +136,7 @@ class ChatConnection:
 
     @asynccontextmanager
     async def answer(self, prompt: Prompt) -> AsyncIterator[None]:
-        """Send the end of the reply that the `with` block sends, or the error that it raises."""
+        """After the `with` block, send the end of its reply, or the error that it raised."""
         try:
             try:
                 yield
@@ -167,7 +167,6 @@ class ChatConnection:
         self.spoken += 2
 
     async def send_text(self, text: str) -> None:
-        """Send a piece of the reply."""
         await self.send(self.protocol.text(text))
 
     async def send(self, messages: Sequence[str]) -> None:
@@ -176,7 +175,7 @@ class ChatConnection:
                 await self.ws.send_text(message)
 
     def _limit_rate(self, message: ASGIMessage) -> None:
-        """Raise TooManyWaiting for a flood: Serve would keep all its messages and their answers."""
+        """Raise TooManyWaiting for a flood, since Serve would buffer its messages and answers."""
         size = len(message.get("text") or message.get("bytes") or "")
         if (now := time.monotonic()) > self.second + 1:
             self.second, self.received = now, 0

@@ -1,20 +1,10 @@
-"""The two protocols that a Chatbot and its clients speak over a WebSocket.
+"""The two protocols that a Chatbot and its clients speak over a WebSocket: docs/protocol.md.
 
 The plain protocol is the tutorial's. A text message from the client is a prompt. The reply arrives
 in text messages, and a marker in a separate message ends it. An error closes the connection.
 
 If a client offers the subprotocol `chat.v1`, both sides send JSON objects in text messages, told
 apart by their `type`. An error answers the prompt that it concerns, and the conversation continues.
-
-    client  {"type": "prompt", "prompt": "Hello!", "max_new_tokens": 20}   and other ReplyOptions
-            {"type": "stop"}                       ends the replies to all prompts sent before it
-            {"type": "ping"}                       checks the connection: browser pages cannot ping
-    server  {"type": "waiting", "ahead": 3}        replies that must end first, at each change
-            {"type": "text", "text": "Hi"}         a piece of the reply
-            {"type": "done", "finish_reason": "stop", "tokens": 7, "seconds": 0.21,
-             "messages": 6, "dropped": 2}          messages that the model sees, and no longer sees
-            {"type": "error", "detail": "a blank prompt has no reply"}
-            {"type": "pong"}                       at once, even between the pieces of a reply
 """
 
 import json
@@ -42,7 +32,7 @@ CHAT_V1 = "chat.v1"
 
 
 class ChatProtocol(ABC):
-    """Reads the messages of a client, and writes the text messages that it gets."""
+    """Reads a client's messages, and returns the text messages to send it."""
 
     subprotocol: str | None = None
 
@@ -54,7 +44,7 @@ class ChatProtocol(ABC):
 
     @abstractmethod
     def read(self, message: Message) -> TextRequest | Literal["stop", "ping"]:
-        """Return a message's prompt, or the "stop" or "ping" that it asks for. Raises a Refusal."""
+        """Return the message's prompt, or "stop" or "ping". Raises a Refusal."""
 
     def waiting(self, ahead: int) -> list[str]:
         """Say that `ahead` replies must end before this one begins."""
@@ -99,7 +89,7 @@ class PlainProtocol(ChatProtocol):
         return TextRequest.model_construct(prompt=text, **self.options)
 
     def text(self, text: str) -> list[str]:
-        """A piece that looks like the marker is sent in two messages."""
+        """Split a piece that equals the marker."""
         return [text[:1], text[1:]] if text == self.end_of_response else [text]
 
     def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:

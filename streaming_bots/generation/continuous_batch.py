@@ -17,10 +17,9 @@ logger = logging.getLogger("ray.serve")
 
 
 class ContinuousBatch(Engine):
-    """Adds requests to the ContinuousBatchingManager of transformers.
+    """Adds requests to the ContinuousBatchingManager of transformers, whose thread runs the model.
 
-    The manager's thread runs the model. Each step computes all requests of the batch. The thread
-    ends with the process. If it fails, all replies end with BatchFailed.
+    If the thread fails, all replies end with BatchFailed.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class ContinuousBatch(Engine):
         rows = settings.max_batch_size or 1
         super().__init__(rows, settings, metrics)
         self.model = model
-        self.requests: dict[Streamer, str] = {}  # ids of the requests that the manager has
+        self.requests: dict[Streamer, str] = {}  # the manager's ids
         self.added = 0
         context = batch_context(model, context)
         shares = settings.prefix_cache_mb > 0
@@ -64,7 +63,7 @@ class ContinuousBatch(Engine):
         self.added += 1
         request = self.requests[streamer] = f"{self.added:015}"  # RoomScheduler sorts by it
         self.manager.register_result_handler(request, lambda output: self._take(streamer, output))
-        # The manager's queue has no limit, so this does not block. Serve or `submit` limits it.
+        # This never blocks: the manager's queue is unlimited. Serve or `submit` limits requests.
         added = self.manager.add_request(
             streamer.input_ids,
             request,
@@ -72,7 +71,7 @@ class ContinuousBatch(Engine):
             streaming=True,
             sampler=streamer.options.sampler(self.model.device),
         )
-        if added is None:  # the manager has just begun to end
+        if added is None:  # the manager is stopping
             self.give_up(BatchFailed("the model's thread is dead"))
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:

@@ -22,7 +22,7 @@ class Streamer(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads it any more, or it has been read to its end."""
+        """Whether its reader has left, or has read to its end."""
 
     def end(self) -> None: ...
     def fail(self, error: Exception) -> None: ...
@@ -30,11 +30,10 @@ class Streamer(Protocol):
 
 
 class Engine(ABC):
-    """Runs the model for the streamers that are submitted to it.
+    """Runs the model for each submitted streamer.
 
-    Every streamer ends with its reply, with the exception that its run raised, or with
-    ModelStalled after `stall_timeout_s` seconds without progress. The engine must be created on
-    the event loop, where all its public methods are called.
+    A streamer ends with its reply, with the exception that its run raised, or with ModelStalled
+    after `stall_timeout_s` seconds without progress. Create and use it on the event loop.
     """
 
     def __init__(
@@ -46,9 +45,9 @@ class Engine(ABC):
         self.places = places
         self.metrics = metrics
         self.max_waiting = settings.max_waiting
-        self.submitted: dict[Streamer, None] = {}  # those that the model has not ended, in order
-        self.running: set[Streamer] = set()  # those of them that it has begun
-        self.moved = asyncio.Event()  # set and replaced when either of them changes
+        self.submitted: dict[Streamer, None] = {}  # all that have not ended, in order
+        self.running: set[Streamer] = set()  # those of them that have begun
+        self.moved = asyncio.Event()  # set and replaced when either changes
         self.error: Exception | None = None
         self.watchdog = Watchdog(settings.stall_timeout_s, self.has_work, self.give_up)
 
@@ -87,7 +86,7 @@ class Engine(ABC):
         return bool(self.submitted)
 
     def in_progress(self) -> int:
-        """Return how many replies are waiting or being written, and still have a reader."""
+        """Return how many replies wait or run, and still have a reader."""
         return sum(not streamer.done for streamer in self.submitted)
 
     @abstractmethod
@@ -110,7 +109,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _start(self, streamer: Streamer) -> None:
-        """Have the model run for a streamer, at once or later."""
+        """Run the model for a streamer, now or later."""
 
     def _ahead(self, streamer: Streamer) -> int:
         earlier = 0

@@ -33,7 +33,7 @@ from streaming_bots.operations.machine import free_memory, in_a_thread
 TOKENS_PER_ROW = 256  # of the KV cache, if all rows are taken
 TOKENS_OF_ONE = 8192  # a single reply may have at least this many, or the whole context if less
 PAGE_SIZE = 32  # tokens
-GRAPH_TOKENS = 1024  # each multiple of so many tokens that a step reads has its own CUDA graph
+GRAPH_TOKENS = 1024  # cached tokens that a step reads, rounded up: each multiple has a CUDA graph
 PROMPT_TOKENS_PER_STEP = 256  # limits how long the prefill of a long prompt delays other replies
 
 
@@ -44,14 +44,14 @@ def start_manager(
     cache_tokens: int | None = None,
     shares_prefixes: bool = True,
 ) -> ContinuousBatchingManager:
-    """Start the thread that runs the model for all added requests, up to `rows` of them at once.
+    """Start a manager, whose thread runs the model for up to `rows` requests at once.
 
-    The KV cache has room for `cache_tokens`: by default TOKENS_PER_ROW times the rows, or the
-    context, up to TOKENS_OF_ONE, if that is more. It takes at most half of the free memory.
-    Raises MemoryError if the cache does not fit. Raises ValueError, or the model's own error, if
-    transformers cannot batch the model like this.
+    The KV cache has room for `cache_tokens`, in half of the free memory at most. Its default is
+    TOKENS_PER_ROW times `rows`, or the context, up to TOKENS_OF_ONE, if that is more. Raises
+    MemoryError if the cache does not fit, and ValueError, or the model's own error, if
+    transformers cannot batch the model.
     """
-    # This comes before the manager changes how the model computes attention. The prompts are
+    # This must come first, since the manager changes the model's attention. The prompts are
     # shorter than a page, since the manager would keep longer ones to share.
     lengths = {LENGTH, min(PAGE_SIZE - 2 * STEPS, context - STEPS)}
     alone = {length: in_a_thread(logits_of_reply, model, length) for length in lengths}
@@ -62,18 +62,18 @@ def start_manager(
         page_size=PAGE_SIZE,
         max_batch_tokens=rows + PROMPT_TOKENS_PER_STEP,
         max_requests_per_batch=rows,
-        allow_block_sharing=shares_prefixes,  # reads a common beginning once, such as earlier turns
-        # To launch a step's kernels one by one takes longer than to compute them.
+        allow_block_sharing=shares_prefixes,  # reads common beginnings, such as earlier turns, once
+        # Launching a step's kernels one by one takes longer than computing them.
         use_cuda_graph=on_gpu,
         # Preparing a step during the one before fails in transformers if a request is cancelled
         # then, and loses a sampler's draw if a request has to leave the cache.
         use_async_batching=False,
         kv_padding_interval_size=GRAPH_TOKENS,
-        # If flash attention is installed, it computes only on a GPU, and only in 2-byte numbers.
+        # Flash attention needs a GPU and 2-byte numbers.
         auto_switch_to_flash=on_gpu and model.dtype.itemsize == 2,
     )
-    # By default, the cache would take most of the memory. On a CPU, each step would then cost more
-    # time. On a GPU, there may be other replicas.
+    # By default, the cache would take most of the memory. That slows each step on a CPU, and
+    # leaves none for other replicas on a GPU.
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
     tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
@@ -82,7 +82,7 @@ def start_manager(
         LogitsProcessorList([RequestsLogitsProcessor(manager)])
     )
     manager.logit_processor.tensors_required = 1
-    # `load_model` turns it off, since it plans anew for each length. Here, only few are left.
+    # `load_model` turns cuDNN off, since it plans for each new length. Here, lengths are few.
     torch.backends.cuda.enable_cudnn_sdp(True)
     problems: list[Exception] = []
 
@@ -94,9 +94,8 @@ def start_manager(
         except Exception as problem:
             problems.append(problem)
 
-    # A daemon thread starts the manager. The manager's thread inherits `daemon` from it, so that
-    # the process does not wait for that thread. Also, a thread that has computed keeps its OpenMP
-    # threads, and this thread's would compete for the cores with those of the manager's thread.
+    # The manager's thread inherits `daemon` from its starter, so the process need not wait for it.
+    # If the caller's thread computed, its OpenMP threads would stay, and compete for the cores.
     starter = threading.Thread(target=start, daemon=True)
     starter.start()
     starter.join()
@@ -109,9 +108,9 @@ def start_manager(
 def try_out(
     manager: ContinuousBatchingManager, model: PreTrainedModel, alone: dict[int, torch.Tensor]
 ) -> None:
-    """Write replies together, as a test: some models cannot, and others then write nonsense.
+    """Raise ValueError if the manager cannot write replies together, or writes nonsense.
 
-    `alone` maps the length of each prompt to the logits of its reply when it is written alone.
+    `alone` maps each prompt's length to the logits, (steps, vocabulary size), of its reply alone.
     """
     recorders = {length: Recorder(model) for length in alone}
     for length, recorder in recorders.items():
@@ -136,7 +135,7 @@ def try_out(
 def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
     """Return how many tokens one request may have in an empty cache.
 
-    Less than the whole cache if layers with full and sliding attention each take whole sectors.
+    It is less than the whole cache if full and sliding attention each take whole sectors.
     """
     cache = manager.batch_processor.cache
     nothing = RequestState("", [])
@@ -159,9 +158,9 @@ class RoomScheduler(FIFOScheduler):
     """Admits requests again after others are cancelled, and admits no request before its turn.
 
     When the cache is full, the manager removes requests from the batch, and admits none until a
-    reply ends. If all running requests are cancelled first, that never happens. The manager also
-    skips a request that does not fit, and sends one that was removed to the end of the line. So a
-    long prompt would wait as long as short ones arrive.
+    reply ends. If all running ones are cancelled first, no reply ever ends. The manager also skips
+    a request that does not fit, and sends a removed one to the end of the line. A long prompt
+    would then wait as long as short ones arrive.
     """
 
     name = "room"
@@ -188,7 +187,7 @@ class RoomScheduler(FIFOScheduler):
             return candidates
         self.cache.evict_cached_blocks()  # of replies that have ended
         self.cache.pool.try_to_free_sectors()
-        # The requests behind it wait, too. When nothing runs, it gets what there is.
+        # The requests behind it wait, too. If nothing runs, it is admitted anyway.
         return [] if self.active_requests and not self._fits(candidates[0]) else candidates
 
     def _fits(self, state: RequestState) -> bool:
@@ -210,8 +209,8 @@ class RoomScheduler(FIFOScheduler):
 class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
     """Lets each request have its own `sampler`; None takes the most likely token.
 
-    The processors that come with the manager sort the whole vocabulary for every row, even if the
-    row takes the most likely token. They also draw with torch's global generator.
+    The manager's own processors sort the whole vocabulary for every row, even a greedy one, and
+    draw with torch's global generator.
     """
 
     supported_kwargs: ClassVar[dict[str, Any]] = {"sampler": (Sampler, type(None))}
@@ -241,5 +240,5 @@ class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(samplers), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Scores of shape (requests, vocabulary size)."""
+        """Return the scores, of shape (requests, vocabulary size), after sampling."""
         return self.rows(None, scores)

@@ -24,8 +24,8 @@ logger = logging.getLogger("ray.serve")
 class ModelThread(Engine):
     """Calls `generate_text(streamer)` in its thread, for one streamer at a time.
 
-    There is one thread: a second one would have its own OpenMP team, and compete for the cores.
-    The thread ends with the replica's process, which must not wait for it, since it may hang.
+    A second thread would have its own OpenMP threads, and compete for the cores. The thread is a
+    daemon, since it may hang, and the replica's process must not wait for it.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ModelThread(Engine):
 
 
 def gpu_is_lost() -> bool:
-    """Whether an error has made the GPU unusable for this process, so that all later calls fail."""
+    """Whether an error has made the GPU unusable for the rest of this process."""
     if not torch.cuda.is_initialized():
         return False
     try:

@@ -9,8 +9,8 @@ from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
 from streaming_bots.models.int8 import Int8Linear
 from streaming_bots.operations.machine import in_a_thread
 
-LENGTH = 4  # tokens of the prompts that are tried; sets the padding before them, too
-STEPS = 4  # tokens of the replies that are tried
+LENGTH = 4  # tokens of the test prompts; the padding before them depends on it
+STEPS = 4  # tokens of the test replies
 
 # In units of the logits' standard deviation. Rounding alone changes the logits by 1e-6 in float32
 # and by 1e-2 in bfloat16 and int8. Any difference that matters is at least 2e-3.
@@ -20,8 +20,8 @@ TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
 def batch_context(model: PreTrainedModel, context: int) -> int:
     """Return how many tokens a prompt and its reply may have when other rows share the run.
 
-    In models with "longrope" (Phi-3's with 128k), all rows' positions change as soon as one row is
-    longer than the model's original context. A reply would then depend on its neighbours.
+    With "longrope", as in Phi-3 with 128k, one row longer than the model's original context
+    changes the positions of all rows. A reply would then depend on its neighbours.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
@@ -31,10 +31,9 @@ def batch_context(model: PreTrainedModel, context: int) -> int:
 
 
 def check_padding(model: PreTrainedModel) -> None:
-    """Raise ValueError if a reply would depend on the padding that other rows make necessary.
+    """Raise ValueError if padding would change a model's replies, or the model's own error.
 
-    Raises the model's own error if it cannot generate. Some models ignore the mask, or shift the
-    prompt's positions by the padding. They then write different text than for the prompt alone.
+    Some models ignore the attention mask, or shift the prompt's positions by the padding.
     """
     alone, *padded = (
         in_a_thread(logits_of_reply, model, LENGTH, pads) for pads in (0, LENGTH // 2, 4 * LENGTH)
@@ -60,7 +59,7 @@ def keep_rows(
 ) -> dict[str, Any]:
     """Return the inputs with which `generate` continues only the `kept` rows of a batch.
 
-    `inputs` are those of the run that gave `output`. If the model's KV cache cannot be cut,
+    `inputs` are those of the run that returned `output`. If the model's KV cache cannot be cut,
     `generate` computes all tokens again.
     """
     rows = torch.tensor(kept, device=output.sequences.device)
@@ -98,13 +97,13 @@ class Recorder(Sampler):
 
 
 def prompt_of(model: PreTrainedModel, length: int) -> torch.Tensor:
-    """Return token ids that differ from each other, of shape (1, length)."""
+    """Return different token ids, of shape (1, length)."""
     known = model.get_input_embeddings().num_embeddings
     return torch.arange(length, device=model.device)[None] % known
 
 
 def logits_of_reply(model: PreTrainedModel, length: int, pads: int = 0) -> torch.Tensor:
-    """Return the logits of a reply to a prompt of `length` tokens, with `pads` pads before it."""
+    """Return the logits, (steps, vocabulary size), after `pads` pads and `length` tokens."""
     recorder, prompt = Recorder(model), prompt_of(model, length)
     pad = model.generation_config.pad_token_id
     model.generate(
@@ -146,7 +145,7 @@ def next_token(
 
 
 def are_alike(some: torch.Tensor, others: torch.Tensor, model: PreTrainedModel) -> bool:
-    """Whether logits of a model differ by rounding alone."""
+    """Whether two tensors of the model's logits differ by rounding alone."""
     known = others.isfinite()  # tokens that a model never writes are minus infinity
     difference, spread = (some - others)[known].float(), others[known].float()
     coarse = model.dtype.itemsize < 4 or any(isinstance(m, Int8Linear) for m in model.modules())

@@ -19,13 +19,13 @@ from streaming_bots.generation.padding import (
 from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.operations.machine import in_a_thread
 
-REWRITTEN = 8  # tokens at the end of a reply that its next encoding may split in another way
+REWRITTEN = 8  # last tokens of a reply, which the next turn may tokenize differently
 
 
 class PrefixCache:
     """Keeps the KV caches of the latest replies, up to `max_bytes`; the oldest are dropped first.
 
-    After construction, it is used in the model's thread only.
+    After construction, only the model's thread may use it.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
@@ -36,7 +36,7 @@ class PrefixCache:
 
     @contextmanager
     def used_by(self, streamer: Streamer) -> Iterator[None]:
-        """Give a reply what is known of its prompt, and keep what the model has read at its end."""
+        """Give a reply the cache of its prompt's known beginning, and keep the cache afterwards."""
         if not self.max_bytes:
             yield
             return
@@ -54,7 +54,7 @@ class PrefixCache:
             excess -= self.kept.pop(0)[2]
 
     def _take(self, input_ids: Sequence[int]) -> tuple[DynamicCache, int]:
-        """Return a cache of the longest known beginning of a prompt, and the beginning's length.
+        """Return a cache of the longest known beginning of a prompt, and its length in tokens.
 
         At least one token is left for the model to read.
         """
@@ -67,7 +67,7 @@ class PrefixCache:
         if common == 0:
             return new, 0
         ids, cache, _ = self.kept[index]
-        if common >= len(ids) - REWRITTEN:  # it is the same conversation, so far
+        if common >= len(ids) - REWRITTEN:  # the same conversation
             del self.kept[index]
             cache.crop(common - len(ids))
             return cache, common
@@ -89,7 +89,7 @@ def can_crop(model: PreTrainedModel) -> bool:
     """Whether replies can continue from a part of the model's cache.
 
     A sliding window has lost its beginning, and some models keep a state without positions. With
-    "longrope", keys also depend on how long the prompt was that they were computed for.
+    "longrope", keys also depend on the length of their prompt.
     """
     prompt = torch.arange(2 * LENGTH, device=model.device)[None]
     mask = torch.ones_like(prompt)

@@ -19,7 +19,7 @@ class ReplyState:
     end_tokens: Sequence[int]  # the model's; any of them ends a reply
     # When the model wrote each token, by time.monotonic
     token_times: list[float] = field(default_factory=list, init=False)
-    cached_tokens: int = field(default=0, init=False)  # of the prompt, which need not be read again
+    cached_tokens: int = field(default=0, init=False)  # of the prompt, found in a cache
     cancelled: bool = field(default=False, init=False)  # the reader has left or stopped it
 
     def __post_init__(self) -> None:

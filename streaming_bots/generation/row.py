@@ -59,7 +59,7 @@ def split_rows(rows: Sequence[Row], context: int) -> list[list[Row]]:
 
 
 def may_run_together(rows: Sequence[Row], context: int) -> bool:
-    """Whether rows may share a run of the model, in which padding makes all prompts equally long.
+    """Whether rows may share a run of the model, which pads all prompts to the longest.
 
     The longest prompt and reply must fit the context together, and all rows must fit MAX_TOKENS.
     Padding may be a fifth of the padded prompts, or ALWAYS_ALLOWED tokens if that is more.

@@ -1,7 +1,7 @@
-"""How a reply is written: the options of a client, and how the next token is drawn.
+"""The options of a reply, and how its tokens are drawn.
 
-`generate` samples with torch's global generator, so one request's draws change those of the next.
-Here every request has its own generator, so the same `seed` draws the same reply again.
+`generate` draws from torch's global generator, so each request changes the draws of the next. Here,
+each request has its own generator, so the same `seed` draws the same reply again.
 """
 
 import time
@@ -51,11 +51,10 @@ class Sampler:
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Map logits to scores whose maximum is at the drawn token; both are (vocabulary size,).
 
-        The maximum of logits with Gumbel noise is a draw from their distribution (Maddison,
-        Tarlow and Minka, 2014, https://arxiv.org/abs/1411.0030). Greedy decoding then takes this
-        token, since it takes the one with the largest score.
+        The maximum of logits with Gumbel noise is a draw from their distribution
+        (https://arxiv.org/abs/1411.0030), and greedy decoding takes the maximum.
         """
-        # Subtracting the largest logit keeps a small temperature from making many logits infinite.
+        # Without the subtraction, a small temperature would make many logits infinite.
         scores = (logits.float() - logits.max()).unsqueeze(0) / self.temperature
         for keep in self.filters:
             scores = keep(None, scores)
@@ -70,7 +69,7 @@ class SamplingLogitsProcessor(LogitsProcessor):
         self.samplers = samplers
 
     def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of shape (rows, vocabulary size), changed where a row has a sampler."""
+        """Change scores, of shape (rows, vocabulary size), in rows that have a sampler."""
         for row, sampler in enumerate(self.samplers):
             if sampler is not None:
                 scores[row] = sampler(scores[row])
@@ -95,22 +94,22 @@ Real = Annotated[float, BeforeValidator(refuse_boolean)]
 class ReplyOptions(BaseModel):
     """The options of a reply, which is greedy unless one of them asks for sampling.
 
-    Validated with the context `{"limit": <the bot's max_new_tokens>}`.
+    Validate it with the context `{"limit": <the bot's max_new_tokens>}`.
     """
 
     model_config = ConfigDict(extra="forbid")
     whole: ClassVar[bool] = False  # if true, no message may be dropped to make a conversation fit
 
     max_new_tokens: Integer = Field(
-        description="The most tokens of the reply: at most the bot's own limit, the default.",
+        description="Maximum number of tokens in the reply, at most the bot's own, the default.",
         json_schema_extra={"minimum": 1},
     )
     temperature: Real | None = Field(
         default=None,
         ge=0,
         le=2,
-        description="Divides the logits: the higher, the less likely the tokens that are drawn. 0 "
-        "takes the most likely token, as does a request without any of these options.",
+        description="Divides the logits: the higher, the more varied the reply. 0 takes the most "
+        "likely token, as does a request without temperature, top_p, top_k and seed.",
     )
     top_p: Real | None = Field(
         default=None,
@@ -127,7 +126,7 @@ class ReplyOptions(BaseModel):
     stop: list[StopString] = Field(
         default=[],
         max_length=4,
-        description="Strings before which the reply ends; in the query, one parameter each.",
+        description="Strings before which the reply ends. In the query, repeat the parameter.",
     )
 
     _asked: float = PrivateAttr(default_factory=time.monotonic)
@@ -151,7 +150,7 @@ class ReplyOptions(BaseModel):
         return [value] if isinstance(value, str) else value
 
     def sampler(self, device: torch.device | None) -> Sampler | None:
-        """Return the sampler that draws this reply's tokens; None takes the most likely ones."""
+        """Return the sampler of this reply's tokens, or None if the reply is greedy."""
         temperature, asked = self.temperature, (self.top_p, self.top_k, self.seed)
         if temperature is None:
             temperature = 0.0 if asked == (None, None, None) else 1.0

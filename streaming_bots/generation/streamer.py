@@ -18,16 +18,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from streaming_bots.generation.reply import ReplyState
 
-# A chunk of a response costs Serve and its proxy 0.8 ms of two cores, more than a token costs a
-# small model. So each further reply that is written at the same time adds this much to the
-# interval between two chunks. A fast model's tokens travel together, a slow model's alone.
+# A chunk costs Serve and its proxy 0.8 ms of two cores, more than a token costs a small model. So
+# each further concurrent reply adds this to the interval, and tokens of a fast model share chunks.
 SECONDS_PER_CHUNK = 0.004
 
 Item = TypeVar("Item")
 
 
 def min_interval(replies: int) -> float:
-    """Return the least seconds between two chunks of a reply while `replies` are being written."""
+    """Return the minimum seconds between two chunks of a reply while `replies` run."""
     return SECONDS_PER_CHUNK * (replies - 1)
 
 
@@ -36,11 +35,10 @@ class End(NamedTuple):
 
 
 class TokenQueue(Generic[Item]):
-    """Takes tokens, or their text, in any thread, and gives them to one reader on the event loop.
+    """Takes tokens, or their text, in any thread, for one reader on the event loop.
 
-    Read it with `async for`, which yields lists of all items that are there, in order. The first
-    list comes at once, and each further one at least `min_interval` seconds after the last. The
-    end also comes at once. Must be created on the event loop.
+    `async for` yields lists of all items so far, at least `min_interval` seconds apart. The first
+    list and the end come at once. Create it on the event loop.
     """
 
     def __init__(self, min_interval: float = 0.0) -> None:
@@ -95,10 +93,9 @@ class TokenQueue(Generic[Item]):
 class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
     """The text of one reply: `generate` writes it in its thread, and `async for` reads it.
 
-    Pass it to `generate` twice, as `streamer` and in `stopping_criteria`. Unlike the streamers of
-    transformers, it sends text as soon as a token completes a character, not at the next space. It
-    passes a failure to the reader (`fail`). It stops the model if the reader leaves (`cancel`),
-    and at a `stop` string. Must be created on the event loop.
+    Pass it to `generate` both as `streamer` and in `stopping_criteria`. Unlike the streamers of
+    transformers, it sends text when a token completes a character, not at the next space. It
+    passes a failure to the reader, and stops the model at a stop string or when the reader leaves.
     """
 
     text: TokenQueue[str] = field(default_factory=TokenQueue, init=False)
@@ -109,7 +106,7 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads it any more, or it has been read to its end."""
+        """Whether its reader has left, or has read to its end."""
         return self.cancelled or self.read_to_end
 
     # Called in the model's thread
@@ -128,7 +125,6 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
             self.text.put(text)
 
     def end(self) -> None:
-        """Complete the reply."""
         if text := self.decoder.flush():
             self.text.put(text)
         self.complete = True
@@ -153,10 +149,7 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
         self.text.end(error)
 
     def cancel(self) -> None:
-        """Stop `generate` at its next token, or before its first. The reader gets the text so far.
-
-        A complete reply stays complete.
-        """
+        """Stop an incomplete reply at its next token. The reader gets the text so far."""
         if not self.complete and not self.cancelled:
             self.cancelled = True
             self.text.end()

@@ -10,11 +10,10 @@ from transformers import PreTrainedTokenizerBase
 class TextDecoder:
     """Turns the token ids of one reply into text, whole characters at a time.
 
-    Joined, the pieces equal `tokenizer.decode` of all ids, without special tokens and without
-    cleaning up spaces, but bytes that form no character may look different. The `stop` string
-    that is complete first ends the reply, and is not part of it. An emoji or a Chinese character
-    is often several tokens: the last one gives the character, and those before it give "". The
-    decoder also holds back text that may be the beginning of a stop string.
+    An emoji is often several tokens: `step` returns it with the last one, and "" before. The
+    `stop` string that is complete first ends the text, and is not part of it. Text that may be the
+    beginning of one is held back. Joined, the pieces equal `tokenizer.decode` of all ids, without
+    special tokens and space cleanup. Only bytes that form no character may look different.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -64,8 +63,8 @@ class TextDecoder:
         try:
             return self.stream.step(self.backend, token) or ""
         except Exception:
-            # DecodeStream fails for a byte-fallback tokenizer (Llama 2) if the model writes bytes
-            # that can form no character. From now on, each token decodes the whole reply again.
+            # With a byte-fallback tokenizer (Llama 2), DecodeStream fails at bytes that form no
+            # character. From now on, each token decodes the whole reply again.
             self.backend = None
             return self._rest()
 

@@ -29,7 +29,7 @@ class Watchdog:
         self.progress = time.monotonic()
 
     def expect_progress(self) -> None:
-        """Must be called before work is added."""
+        """Call this before adding work."""
         if not self.has_work():
             self.note_progress()
         if self.watching is None:
@@ -40,7 +40,7 @@ class Watchdog:
         self.watching = loop.call_later(seconds, self._look, stood_at)
 
     def _look(self, stood_at: float | None) -> None:
-        """Check for progress. `stood_at` is the last one if the model already seemed to hang."""
+        """Check for progress. `stood_at` is that of an earlier check which saw the model hang."""
         self.watching = None
         if not self.has_work():
             return  # until there is work again

@@ -20,7 +20,7 @@ from streaming_bots.bot import Bot, current_bot
 BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 # With these headers, a client would decide for the operator whether an abandoned request continues,
-# and which requests may share a batch with it. Serve takes `_` for `-`.
+# and which requests may share a batch with it. Serve treats `_` as `-`.
 STEERING = {"x-request-disconnect-disabled", "serve-multiplexed-model-id"}
 TIMEOUT = "x-request-timeout-seconds"  # a client may set its own, but 0 would mean none
 MAX_PARAMETERS = 50  # of a query
@@ -47,9 +47,8 @@ def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
     """Return the app behind all checks: host, origin, the key if there is one, and headers."""
     app = CheckMiddleware(app, check_head)
     app = KeyMiddleware(app, bot.api_key) if bot.api_key else app
-    # CORS is inside the origin check, since CORS alone lets every request through, and only keeps
-    # the page from reading the answer. It is outside the key check, since a browser first asks
-    # whether it may send a key.
+    # CORS is inside the origin check, since CORS alone lets every request through, and only hides
+    # the answer. It is outside the key check, since a browser's preflight has no key.
     app = CORSMiddleware(
         app,
         allow_origins=bot.settings.allowed_origins,
@@ -94,8 +93,7 @@ def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | Non
 
 def is_own(origin: str, host: str) -> bool:
     """Whether a web page comes from the bot's own host and port."""
-    # If a proxy before the bot speaks https, the bot still sees http. So the scheme only gives the
-    # port for addresses without one.
+    # Behind a proxy that speaks https, the bot sees http. So the scheme only gives default ports.
     try:
         page = urlsplit(origin)
         own = urlsplit(f"//{host}")
@@ -131,7 +129,7 @@ def is_positive(seconds: str) -> bool:
 
 
 class KeyMiddleware:
-    """Answers 401 without the key, except for the page on which a person types it, `GET /`.
+    """Answers 401 without the key, except to `GET /`, the page on which a person types the key.
 
     The page's response has the header WWW-Authenticate, which tells the page to ask for a key.
 
@@ -144,7 +142,7 @@ class KeyMiddleware:
         self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Every key is compared, in constant time, so that the duration tells nothing about ours.
+        # Every key is compared, in constant time, so that timing reveals nothing about ours.
         if any([compare_digest(key, self.key) for key in _keys(scope)]):
             await self.app(scope, receive, send)
         elif _asks_for_page(scope):

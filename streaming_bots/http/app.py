@@ -44,6 +44,6 @@ async def answer_refusal(request: Request, error: Exception) -> JSONResponse:
 
 
 async def refuse_handshake(ws: WebSocket, error: Exception) -> None:
-    """Refuse a WebSocket handshake whose query is wrong; `error` says how."""
+    """Refuse a WebSocket handshake with an invalid query."""
     assert isinstance(error, WebSocketRequestValidationError)
     await ws.send_denial_response(JSONResponse({"detail": error.errors()}, status_code=422))

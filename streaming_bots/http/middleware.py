@@ -53,12 +53,11 @@ class OutcomeMiddleware:
 
 
 class BotMiddleware:
-    """Adds what all responses of a bot have in common, for clients that may use it.
+    """Names the model in `X-Model`, and answers a failure before the first byte with a 500.
 
-    `X-Model` names the model, in ASCII. A failure before the first byte is a 500 that tells only
-    its type. Web pages of other hosts can read it, too. The exception is passed to Serve, which
-    logs its traceback. A route prefix alone, `/chatbot`, is the bot's `/`. Starlette would redirect
-    to it, but WebSocket clients need not follow a redirect.
+    Only clients with access get this far. The 500 tells the exception's type; Serve logs the
+    traceback. A route prefix alone, `/chatbot`, is the bot's `/`: Starlette would redirect, but
+    WebSocket clients need not follow.
     """
 
     def __init__(self, app: ASGIApp) -> None:

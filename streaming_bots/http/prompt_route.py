@@ -1,4 +1,4 @@
-"""Describes `POST /` to FastAPI, which cannot see what `reader` reads."""
+"""Describes `POST /` for OpenAPI, since FastAPI cannot see what `reader` reads."""
 
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ from streaming_bots.http.response import TextStream
 
 
 def _property(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a parameter, without the null of one that may be left out."""
+    """Return the JSON schema of a parameter, without the null of an optional one."""
     given: dict[str, Any] = next(iter(schema.get("anyOf", [])), {})
     return {key: schema[key] for key in schema.keys() - {"anyOf", "default", "title"}} | given
 

@@ -17,11 +17,11 @@ from streaming_bots.errors import BodyTimeout, BodyTooLong
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.prompt import bytes_allowed
 
-# A client's request is parsed on the event loop, while all other clients wait. Text takes next to
-# no time, but each separate value takes Python half a microsecond.
+# Requests are parsed on the event loop, while all other clients wait. Long strings take next to no
+# time, but each separate value takes Python half a microsecond.
 MAX_BYTES_OUTSIDE_STRINGS = 4096
 STRING = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
-ESCAPED = 3  # times as long, at most, is non-ASCII text whose characters are written as \uXXXX
+ESCAPED = 3  # times as many bytes as in UTF-8, at most, if characters are written as \uXXXX
 BODY_TIMEOUT_S = 10.0  # an incomplete body would hold a place among the requests
 MAX_PROBLEMS = 5  # that a response lists
 MAX_NAME = 100  # characters of a parameter's name in it
@@ -30,10 +30,10 @@ Model = TypeVar("Model", bound=ReplyOptions)
 
 
 class TextRequest(ReplyOptions):
-    """A prompt, and how its reply is written."""
+    """A prompt and the options of its reply."""
 
     prompt: str = Field(
-        description="What to reply to, not blank; needed in one of the two places.",
+        description="The text to reply to, not blank; required in the query or the body.",
         json_schema_extra={"pattern": r"\S"},
     )
 
@@ -88,15 +88,12 @@ def parse_object(
 
 
 def json_allowed(tokens: int, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> int:
-    """Return the most bytes that JSON with a prompt of `tokens` tokens can need."""
+    """Return the maximum size in bytes of JSON with a prompt of `tokens` tokens."""
     return ESCAPED * bytes_allowed(tokens) + outside_strings
 
 
 async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> bytes:
-    """Read the body of a request.
-
-    Raises BodyTooLong if no prompt that fits can need that many bytes, and BodyTimeout.
-    """
+    """Read a body. Raises BodyTimeout, or BodyTooLong if no prompt that fits needs as much."""
     allowed = json_allowed(current_bot().max_prompt_tokens, outside_strings)
     body = bytearray()
     try:
@@ -111,11 +108,10 @@ async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_S
 
 
 def reader(kind: type[Model]) -> Callable[[Request], Awaitable[Model]]:
-    """Return a dependency of FastAPI that reads a request of this kind.
+    """Return a FastAPI dependency that reads a request of this kind.
 
-    Its parameters are in the query, or in a JSON body with the same names. A request that does not
-    limit the reply gets the deployment's `max_new_tokens`. No request may ask for more. Raises
-    RequestValidationError (422), which names the field.
+    It reads the query, and a JSON body with the same parameters, which take precedence. It raises
+    RequestValidationError (422), which names the parameter.
     """
 
     async def read_request(request: Request) -> Model:
@@ -139,10 +135,9 @@ def not_json(error: ValueError) -> RequestValidationError:
 
 
 async def read_options(connection: HTTPConnection) -> ReplyOptions:
-    """Read the options of a connection's replies, from the query of its handshake or its page.
+    """Read reply options from the query of a WebSocket handshake, or of the chat page.
 
-    Raises WebSocketRequestValidationError, with which the handshake is refused. For the page,
-    raises RequestValidationError (422).
+    Raises WebSocketRequestValidationError for a handshake, RequestValidationError for the page.
     """
     try:
         return validate(ReplyOptions, query_fields(connection.query_params), "query")
@@ -153,7 +148,7 @@ async def read_options(connection: HTTPConnection) -> ReplyOptions:
 
 
 def validate(kind: type[Model], given: dict[str, Any], place: str) -> Model:
-    """Validate parameters, with the bot's own limit of a reply.
+    """Validate parameters. The bot's `max_new_tokens` is the default and the maximum.
 
     Raises RequestValidationError, which names the place ("query" or "body") and the parameter.
     """
@@ -165,7 +160,7 @@ def validate(kind: type[Model], given: dict[str, Any], place: str) -> Model:
 
 
 def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:
-    """Return the `detail` of FastAPI's 422: the first of the problems, with short names."""
+    """Return the `detail` of FastAPI's 422: the first problems, with shortened names."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     return [
         {**problem, "loc": (place, *(shorten(name) for name in problem["loc"]))}

@@ -11,8 +11,8 @@ from streaming_bots.bot import Reply
 class TextStream(StreamingResponse):
     """Streams a reply as plain UTF-8, and closes it however the stream ends.
 
-    If the client disconnects while a chunk is being sent, Starlette alone leaves the reply to the
-    garbage collector. Until it is collected, the model would generate for nobody.
+    If the client disconnects while a chunk is being sent, Starlette leaves the reply to the garbage
+    collector. Until then, the model would generate for nobody.
     """
 
     media_type = "text/plain"

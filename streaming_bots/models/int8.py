@@ -1,4 +1,4 @@
-"""Weights of eight bits, for `dtype=int8` on a CPU: less memory, and quicker to read."""
+"""8-bit weights for `dtype=int8` on a CPU: they take less memory, and are read faster."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from streaming_bots.operations.machine import in_a_thread, returning_freed_memor
 LAYERS = (nn.Linear, Conv1D)
 TINY = torch.finfo(torch.float32).tiny
 
-# A text that shows which inputs of a layer are much larger than its others, whatever is read
+# A text to find out which inputs of a layer are much larger than the others for any text
 SAMPLE = """The lighthouse keeper's daughter asked: "How many ships passed in 1987?" He shrugged.
 
 - Yes, 42 of them, at least!
@@ -23,13 +23,13 @@ SAMPLE = """The lighthouse keeper's daughter asked: "How many ships passed in 19
 
 
 class Int8Linear(nn.Module):
-    """A linear layer that multiplies integers of eight bits; it takes and gives float32.
+    """A linear layer that takes and returns float32, but multiplies 8-bit integers.
 
-    Each output has a scale for its weights, and each token one for its inputs, whatever other
-    tokens are beside it. An input that is often much larger than the others would leave them few
-    levels. So it is divided by a number by which its weights are multiplied (SmoothQuant, Xiao et
-    al., 2022). `weight` has the shape (outputs, inputs), `largest` has the largest magnitudes of
-    the inputs in SAMPLE, and `levels` is the largest integer for an input.
+    Each output has a scale for its weights, and each token its own scale for its inputs. An input
+    that is often much larger than the others would leave them few levels. So it is divided by a
+    factor that multiplies its weights (SmoothQuant, Xiao et al., 2022). `weight` has the shape
+    (outputs, inputs). `largest`, of shape (inputs,), has the largest magnitudes of the inputs in
+    SAMPLE. `levels` is the largest integer for an input.
     """
 
     divided: torch.Tensor
@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
         weight = weight.float() * factors
         scales = weight.abs().amax(1).clamp(min=TINY) / 127
         zeros = torch.zeros_like(scales, dtype=torch.long)
-        with warnings.catch_warnings():  # torch 2.13 has nothing as quick in place of its qint8
+        with warnings.catch_warnings():  # nothing in torch 2.13 replaces qint8 as fast
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
             packed = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(packed, None)
@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden * self.divided
-        largest = hidden.abs().amax(-1, keepdim=True)  # zeros give NaN, any integer, and zero again
+        largest = hidden.abs().amax(-1, keepdim=True)  # zeros give NaN, any integer, then zero
         output = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             hidden / largest, self.scale, self.zero_point, self.packed
         ).mul_(largest)
@@ -60,10 +60,10 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
-    """Give a model int8 weights in place of those of its linear layers and GPT-2's Conv1D.
+    """Replace a model's linear layers, and GPT-2's Conv1D, with Int8Linear layers.
 
-    `sample` is SAMPLE as token ids. Between these layers, the model computes in float32. Its
-    embeddings keep their dtype. Raises an error if this processor, or the model, cannot do so.
+    `sample` is SAMPLE as token ids. The other layers compute in float32, but embeddings keep their
+    dtype. Raises an error if this processor, or the model, cannot do so.
     """
     with returning_freed_memory():
         in_a_thread(_to_int8, model, sample)
@@ -93,7 +93,7 @@ def layers_of(model: PreTrainedModel) -> list[str]:
 
 
 def largest_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the largest magnitude of each input of the layers that read a text: float32."""
+    """Return the largest magnitudes, (inputs,) in float32, by the names of the layers."""
     largest: dict[str, torch.Tensor] = {}
 
     def note(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -112,7 +112,7 @@ def largest_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str,
 def input_levels() -> int:
     """Return 127, or 63 on processors without VNNI, which add two products in 16 bits.
 
-    Raises an error on a platform for which torch has no such operator.
+    Raises an error if both overflow, or if torch has no such operator here.
     """
     numbers = torch.ones(1, 256)
     for levels in (127, 63):

@@ -36,10 +36,9 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     `name` is a hub id, a folder, `<folder or hub id>:<file>.gguf`, or "tiny-dialog", the bundled
-    model. If it is not available, this loads `fallback` with a warning. Without a fallback, it
-    raises ModelError. `device` is torch's: "cpu", or "cuda" for the first GPU that this process
-    sees. In a replica, that is the GPU that Ray has reserved for it. Replies are greedy, whatever
-    the model's generation_config.json says.
+    model. If it is not available, this logs a warning and loads `fallback`. Raises ModelError if
+    there is none. `device` is "cpu", or "cuda" for the first GPU that this process sees: in a
+    replica, the one that Ray has reserved. Replies are greedy, whatever the model's config says.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -47,8 +46,8 @@ def load_model(
             "install its CUDA build and NVIDIA's driver, or say num_gpus=0"
         )
     if device == "cuda":
-        # On Hopper and Blackwell, torch prefers cuDNN's attention in 2-byte numbers. cuDNN plans
-        # anew for each length that a thread has not seen, and a reply has another at each token.
+        # On Hopper and Blackwell, torch prefers cuDNN's attention for 2-byte numbers. cuDNN plans
+        # for each length that a thread has not seen, and a reply has a new one at each token.
         torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         source = resolve(name)
@@ -80,10 +79,9 @@ def load_model(
 
 
 def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:
-    """Read a model's configuration and tokenizer, but not its weights, which makes this quick.
+    """Return a model's name, tokenizer and context length, without loading its weights.
 
-    Returns its name, in which a folder is absolute, its tokenizer and its context length. Raises
-    ModelError for problems that load_model would find only when a replica starts.
+    A folder in the name is absolute. Raises ModelError if the model is unavailable or unsuitable.
     """
     source = resolve(name)
     config, tokenizer = read(source)
@@ -91,12 +89,12 @@ def check_model(name: str) -> tuple[str, PreTrainedTokenizerBase, int]:
 
 
 def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Read the model's configuration and tokenizer, but not its weights."""
+    """Read a model's configuration and tokenizer. Raises ModelError."""
     try:
         config = AutoConfig.from_pretrained(source.place, **source.options)
     except Exception as error:
         raise source.problem("the configuration cannot be read", error) from error
-    # Encoders such as BERT also read the tokens that follow a token, unless they are told not to.
+    # Encoders such as BERT also attend to later tokens, unless configured as decoders.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
         getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     )
@@ -120,10 +118,9 @@ def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return a config for the most likely token at each step, until a token that ends the reply.
+    """Return a greedy config that keeps only the end tokens of the model's own.
 
-    It keeps only the end tokens of the model's own generation config. Sampling, beams, penalties
-    and length limits in that config do not apply, since a request asks for what it wants.
+    Its sampling, beams, penalties and length limits do not apply, since requests decide.
     """
     # The chat template may end a turn with a token that the model's configuration does not name.
     own = model.generation_config.eos_token_id

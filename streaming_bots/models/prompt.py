@@ -12,7 +12,7 @@ from streaming_bots.errors import (
     UnknownToken,
 )
 
-# The form of chat templates: {"role": "system" | "user" | "assistant", "content": text}.
+# As in chat templates: {"role": "system" | "user" | "assistant", "content": text}.
 # A conversation is a list of messages: perhaps a system prompt, then prompts and replies in turn.
 Message = dict[str, str]
 
@@ -23,7 +23,7 @@ DEFAULT_PROMPT_TOKENS = 8192  # longer ones may take minutes and gigabytes, so o
 
 
 def new_conversation(system_prompt: str | None) -> list[Message]:
-    """Return a new conversation, which has only the system prompt, if there is one."""
+    """Return a new conversation: only the system prompt, if there is one."""
     return [{"role": "system", "content": system_prompt}] if system_prompt else []
 
 
@@ -35,18 +35,16 @@ def encode(
 ) -> list[int]:
     """Return the token ids of a conversation, ready for the reply: at most `prompt_budget` of them.
 
-    Drops as few of the oldest exchanges (a prompt and its reply) from `conversation` as possible.
-    The system prompt stays. A dropped exchange would never fit again. A `whole` conversation loses
-    nothing: if it does not fit, this raises ContextExceeded.
-    Raises PromptTooLong if the last prompt does not fit alone, TemplateRefusal, and NoToken if
-    nothing is left to read. Raises UnknownToken for a token at or above the tokenizer's
-    `model_vocab_size`, which load_model and check_model set.
+    Drops as few of the oldest exchanges (a prompt and its reply) from `conversation` as possible,
+    and never the system prompt. If `whole`, drops nothing, but raises ContextExceeded. Raises
+    PromptTooLong if the last prompt alone does not fit, TemplateRefusal, NoToken, or UnknownToken
+    for an id at or above the tokenizer's `model_vocab_size`, which load_model sets.
     """
     if whole:
         return check_tokens(encode_whole(conversation, tokenizer, prompt_budget), tokenizer)
     check_size(conversation[-1]["content"], prompt_budget)
     first = 1 if conversation[0]["role"] == "system" else 0
-    # Otherwise, text that gives few tokens would be kept, and tokenized again, for ever.
+    # Otherwise, long text with few tokens would be tokenized again in each turn.
     sizes = byte_sizes(conversation[first:])
     while sum(sizes) > bytes_allowed(prompt_budget):
         del sizes[:2], conversation[first : first + 2]
@@ -55,7 +53,7 @@ def encode(
     def without(dropped: int) -> list[int]:
         return tokenize(conversation[:first] + conversation[first + 2 * dropped :], tokenizer)
 
-    # The last prompt is tokenized alone first. If it is refused, the rest costs nothing.
+    # The last prompt is tokenized first. If it is refused, the rest costs nothing.
     if len(alone := without(exchanges)) > prompt_budget:
         raise PromptTooLong(f"the prompt has {len(alone)} tokens, {prompt_budget} fit")
     ids = without(0) if exchanges else alone
@@ -73,7 +71,7 @@ def encode_whole(
 ) -> list[int]:
     """Return the token ids of all messages. Raises ContextExceeded in words that clients expect."""
     limit = f"this model's maximum context length is {prompt_budget} tokens of messages"
-    # Each message has a token at least, also an empty one.
+    # Even an empty message has a token.
     size = sum(byte_sizes(messages)) + MAX_BYTES_PER_TOKEN * len(messages)
     if size > bytes_allowed(prompt_budget):
         raise ContextExceeded(f"{limit}; {len(messages)} messages with {size} bytes are too many")
@@ -112,7 +110,7 @@ def bytes_allowed(tokens: int) -> int:
 
 
 def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a conversation by the tokenizer's chat template, if it has one.
+    """Tokenize by the tokenizer's chat template, if it has one. Raises TemplateRefusal.
 
     Otherwise, DialoGPT's convention applies: the end-of-sequence token follows every message
     (https://huggingface.co/microsoft/DialoGPT-small).
@@ -135,17 +133,14 @@ def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def reply_limit(max_new_tokens: int | None, context: int) -> int:
-    """Return the most tokens that a reply may have, so that a prompt still fits beside it.
-
-    The default is 256, or half the model's context if that is less.
-    """
+    """Return the maximum tokens of a reply: by default 256, or half the context if less."""
     if max_new_tokens is None:
         return min(256, context // 2)
     return check_limit("max_new_tokens", max_new_tokens, context)
 
 
 def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
-    """Return the most tokens that a prompt may have, including the conversation before it.
+    """Return the maximum tokens of a prompt, including the conversation before it.
 
     The default is the context less a reply of one token, but at most DEFAULT_PROMPT_TOKENS.
     """

@@ -55,10 +55,7 @@ class Source(NamedTuple):
 
 
 def resolve(name: str) -> Source:
-    """Find a model without loading anything. If need be, ask the hub, for at most 4 s.
-
-    Raises ModelError.
-    """
+    """Find a model, if need be by asking the hub for HUB_TIMEOUT_S. Raises ModelError."""
     place, _, gguf_file = name.rpartition(":") if name.endswith(".gguf") else (name, "", "")
     weights = (gguf_file,) if gguf_file else WEIGHTS
     options = {"gguf_file": gguf_file} if gguf_file else {}
@@ -105,7 +102,7 @@ def is_cached(hub_id: str, file: str) -> bool:
 
 
 def hub_problem(hub_id: str) -> Exception | None:
-    """Find out within HUB_TIMEOUT_S why the hub cannot deliver a model; None if it can."""
+    """Return, within HUB_TIMEOUT_S, why the hub cannot deliver a model; None if it can."""
     answer: SimpleQueue[Exception | None] = SimpleQueue()
 
     def ask() -> None:

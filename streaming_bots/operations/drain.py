@@ -14,11 +14,10 @@ LOOK_EVERY_S = 2.0
 class Drain:
     """Notices that Serve is stopping this replica, for which Serve has no callback.
 
-    Serve sends no new request to a replica that it stops. It waits until the replica has none
-    left, for at most `graceful_shutdown_timeout_s`, and kills it. An idle WebSocket is a request,
-    too, and a late reply on it would be cut. But Serve checks the health of staying replicas only.
-    After SILENCE_S without a check, this reads Serve's status, as the controller may just be away.
-    If it shows a stop, `begun` is set until the next check. Must be created in the replica.
+    Serve waits `graceful_shutdown_timeout_s` for the requests of a replica that it stops, and then
+    kills it. An open WebSocket is a request, so a late reply on it would be cut. Serve does not
+    check the health of a stopping replica. So after SILENCE_S without a check, this reads Serve's
+    status. If it shows a stop, `begun` is set until the next check. Create it in the replica.
     """
 
     def __init__(self) -> None:

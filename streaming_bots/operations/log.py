@@ -4,10 +4,7 @@ import logging
 
 
 def traceback_once(record: logging.LogRecord) -> bool:
-    """Filter Serve's log, which reports a failure once for each request that it affects.
-
-    If several requests share an exception, only the first report includes the traceback.
-    """
+    """Drop the traceback of an exception that Serve has already logged for another request."""
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:
         if getattr(error, "was_logged", False):

@@ -19,10 +19,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Whole cores, at least one: of the machine, of `taskset`, or of the container's limit.
-
-    The limit is that of Linux' cgroups of both versions: microseconds per period.
-    """
+    """Return the whole cores, at least one, by the machine, `taskset`, and cgroups v1 and v2."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limits = [float(found or 1)]
     with suppress(OSError, ValueError):  # there are none, or the limit is "max"
@@ -38,10 +35,9 @@ def cores() -> int:
 
 
 def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
-    """Run a computation of the model in a thread that then ends, and return its result.
+    """Run a computation in a thread of its own, and return its result.
 
-    A thread that has computed keeps its OpenMP threads as long as it lives. They would compete
-    for the cores with those of the model's thread.
+    Its OpenMP threads end with it. Otherwise, they would compete with the model thread's.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(compute, *arguments).result()
@@ -57,7 +53,7 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Have the C library give memory that is freed in this block back to the system.
+    """Return memory that is freed in this block to the system.
 
     glibc would keep what lies between blocks in use: 40 % of a model whose layers are replaced.
     """
@@ -74,7 +70,7 @@ def returning_freed_memory() -> Iterator[None]:
 
 
 def container_memory() -> Iterator[int]:
-    """Yield the bytes left of a container's limit, by both versions of Linux's cgroups."""
+    """Yield the bytes left of a container's limit, by cgroups v1 and v2."""
     for folder, limit, used in (
         (CGROUP, "memory.max", "memory.current"),
         (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),

@@ -11,7 +11,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 from streaming_bots.generation.reply import ReplyState
 
-GAPS_PER_TURN = 500  # takes 2 ms; all of a reply of 32,768 tokens would take 0.2 s
+GAPS_PER_TURN = 500  # take 2 ms; all of a reply of 32,768 tokens would take 0.2 s
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
 
@@ -71,7 +71,7 @@ class BotMetrics:
         )
 
     def repeat_gauges(self) -> None:
-        """Set them again, since Ray drops a gauge that is not set for some 20 s."""
+        """Set the gauges again, since Ray drops one that is not set for some 20 s."""
         for gauge in (self.waiting, self.running):
             gauge.set(gauge.value)
 

@@ -17,10 +17,7 @@ COMMENT = ": nothing new yet\n\n"
 
 
 class Completion:
-    """Writes one reply, and closes it.
-
-    https://platform.openai.com/docs/api-reference/chat
-    """
+    """Writes one reply as in https://platform.openai.com/docs/api-reference/chat, and closes it."""
 
     def __init__(self, model: str, reply: Reply) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -38,7 +35,7 @@ class Completion:
     async def events(self, include_usage: bool) -> AsyncGenerator[str]:
         """Yield server-sent events, and a comment for each SILENCE_S without any.
 
-        A failure is raised. If something was already sent, an event describes the failure first.
+        Raises a failure of the reply, after an event that describes it if something was sent.
         """
         began = False
         unsent = self._event({"role": "assistant", "content": ""})

@@ -21,7 +21,7 @@ logger = logging.getLogger("ray.serve")
 
 MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or tools' schemas
 
-# These convert values that other servers allow. A `top_p` of 0 keeps only the most likely token, a
+# These take values that other servers allow: a `top_p` of 0 keeps only the most likely token, a
 # `top_k` of -1 keeps all tokens, and a seed may be negative.
 TopP = Annotated[Real, Field(ge=0, le=1), AfterValidator(lambda p: max(p, 1e-6))]
 TopK = Annotated[Integer, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
@@ -58,10 +58,10 @@ class TextFormat(BaseModel):
 
 
 class CompletionRequest(ReplyOptions):
-    """A conversation, and how its reply is written and sent.
+    """A conversation, and the options of its reply.
 
-    A bot ignores any parameter that is not here. If a client would miss its effect, the parameter
-    is here with only its possible values.
+    Parameters that are not here are ignored. A parameter whose effect a client would miss is here,
+    with only the values that a bot supports.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -110,7 +110,7 @@ async def read_completion_request(request: Request) -> CompletionRequest:
         fields = parse_object(body, MAX_BYTES_OUTSIDE_STRINGS)
     except ValueError as error:
         raise not_json(error) from None
-    fields.pop("max_new_tokens", None)  # a bot's own name of the limit
+    fields.pop("max_new_tokens", None)  # the bots' own name for the limit
     given = {name: value for name, value in fields.items() if value is not None}
     if ignored := sorted(given.keys() - CompletionRequest.model_fields.keys()):
         logger.debug(f"ignored: {[name[:MAX_NAME] for name in ignored[:MAX_PROBLEMS]]}")

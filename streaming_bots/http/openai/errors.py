@@ -13,13 +13,13 @@ CODES = {401: "invalid_api_key", 404: "unknown_url"}
 def describe_error(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """https://platform.openai.com/docs/guides/error-codes"""
+    """Return an error as in https://platform.openai.com/docs/guides/error-codes."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class OpenAIErrorMiddleware:
-    """Rewrites the errors of OpenAI's routes, wherever they come from. Other errors pass."""
+    """Rewrites all errors on OpenAI's routes, also those of other middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
