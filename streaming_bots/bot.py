@@ -72,7 +72,7 @@ class Bot(ABC):
         self.limit_context(context)
 
     def limit_context(self, tokens: int, reason: str = "") -> None:
-        """Limit a prompt and its reply to `tokens` together; PromptTooLong then adds `reason`.
+        """Limit a prompt and its reply to `tokens` together; PromptTooLong tells `reason`.
 
         Raises ValueError if a limit in the settings does not fit.
         """

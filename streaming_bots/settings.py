@@ -117,8 +117,7 @@ class BotSettings(AccessSettings):
     num_gpus: float = Field(
         default=0.0,
         ge=0,
-        description="GPUs that Ray reserves per replica, for its model. Below 1, replicas share a "
-        "GPU.",
+        description="GPUs that Ray reserves per replica. Below 1, replicas share one.",
     )
     num_replicas: PositiveInt | Literal["auto"] = Field(
         default=1, description='Copies of the bot: a number, or "auto" to follow the load.'

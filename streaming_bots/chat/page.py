@@ -27,7 +27,6 @@ async def show_page(options: ConnectionOptions) -> HTMLResponse:
 
 @cache
 def read_page() -> tuple[str, dict[str, str]]:
-    """Return the page and its headers, which are the same for every browser."""
     html = PAGE.read_text(encoding="utf-8")
     return html, {
         "Content-Security-Policy": content_security_policy(html),

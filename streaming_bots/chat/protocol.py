@@ -76,8 +76,6 @@ def select_protocol(
 
 
 class PlainProtocol(ChatProtocol):
-    """Text, and a marker after each reply."""
-
     def __init__(self, bot: Bot, options: ReplyOptions, end_of_response: str) -> None:
         super().__init__(bot, options)
         self.end_of_response = end_of_response
@@ -100,8 +98,6 @@ class PlainProtocol(ChatProtocol):
 
 
 class JsonProtocol(ChatProtocol):
-    """The subprotocol chat.v1."""
-
     subprotocol = CHAT_V1
 
     def read(self, message: Message) -> TextRequest | Literal["stop", "ping"]:

@@ -32,7 +32,7 @@ class ContinuousBatch(Engine):
         rows = settings.max_batch_size or 1
         super().__init__(rows, settings, metrics)
         self.model = model
-        self.requests: dict[Streamer, str] = {}  # the manager's ids
+        self.requests: dict[Streamer, str] = {}  # ids at the manager
         self.added = 0
         context = batch_context(model, context)
         shares = settings.prefix_cache_mb > 0

@@ -101,7 +101,7 @@ class ReplyOptions(BaseModel):
     whole: ClassVar[bool] = False  # if true, no message may be dropped to make a conversation fit
 
     max_new_tokens: Integer = Field(
-        description="Maximum number of tokens in the reply, at most the bot's own, the default.",
+        description="Maximum number of tokens in the reply; the default is the bot's own limit.",
         json_schema_extra={"minimum": 1},
     )
     temperature: Real | None = Field(

@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 def min_interval(replies: int) -> float:
-    """Return the minimum seconds between two chunks of a reply while `replies` run."""
+    """Return the minimum seconds between two chunks of a reply while `replies` replies run."""
     return SECONDS_PER_CHUNK * (replies - 1)
 
 

@@ -40,7 +40,7 @@ class Watchdog:
         self.watching = loop.call_later(seconds, self._look, stood_at)
 
     def _look(self, stood_at: float | None) -> None:
-        """Check for progress. `stood_at` is that of an earlier check which saw the model hang."""
+        """Check for progress. `stood_at` is the last one if the model seemed to hang before."""
         self.watching = None
         if not self.has_work():
             return  # until there is work again

@@ -28,8 +28,6 @@ MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # uvicorn itself sets no limit
 
 
 class AccessMiddleware:
-    """Keeps out all clients that this replica's settings do not allow."""
-
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.guarded: ASGIApp | None = None

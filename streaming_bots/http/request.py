@@ -21,7 +21,7 @@ from streaming_bots.models.prompt import bytes_allowed
 # time, but each separate value takes Python half a microsecond.
 MAX_BYTES_OUTSIDE_STRINGS = 4096
 STRING = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
-ESCAPED = 3  # times as many bytes as in UTF-8, at most, if characters are written as \uXXXX
+ESCAPED = 3  # \uXXXX for a non-ASCII character takes at most this many times its UTF-8 bytes
 BODY_TIMEOUT_S = 10.0  # an incomplete body would hold a place among the requests
 MAX_PROBLEMS = 5  # that a response lists
 MAX_NAME = 100  # characters of a parameter's name in it

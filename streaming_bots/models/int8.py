@@ -15,7 +15,7 @@ from streaming_bots.operations.machine import in_a_thread, returning_freed_memor
 LAYERS = (nn.Linear, Conv1D)
 TINY = torch.finfo(torch.float32).tiny
 
-# A text to find out which inputs of a layer are much larger than the others for any text
+# The inputs of a layer that are much larger than its others here are so in any text
 SAMPLE = """The lighthouse keeper's daughter asked: "How many ships passed in 1987?" He shrugged.
 
 - Yes, 42 of them, at least!

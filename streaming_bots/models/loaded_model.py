@@ -120,7 +120,7 @@ def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
 def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Return a greedy config that keeps only the end tokens of the model's own.
 
-    Its sampling, beams, penalties and length limits do not apply, since requests decide.
+    The model's sampling, beams, penalties and length limits do not apply: requests decide.
     """
     # The chat template may end a turn with a token that the model's configuration does not name.
     own = model.generation_config.eos_token_id

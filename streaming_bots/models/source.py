@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
 
 def resolve(name: str) -> Source:
-    """Find a model, if need be by asking the hub for HUB_TIMEOUT_S. Raises ModelError."""
+    """Find a model. Asking the hub takes up to HUB_TIMEOUT_S. Raises ModelError."""
     place, _, gguf_file = name.rpartition(":") if name.endswith(".gguf") else (name, "", "")
     weights = (gguf_file,) if gguf_file else WEIGHTS
     options = {"gguf_file": gguf_file} if gguf_file else {}

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Return the whole cores, at least one, by the machine, `taskset`, and cgroups v1 and v2."""
+    """Return how many whole cores, at least one, the machine, `taskset` and cgroups allow."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limits = [float(found or 1)]
     with suppress(OSError, ValueError):  # there are none, or the limit is "max"
