@@ -110,7 +110,7 @@ def token_counter(model: str) -> Callable[[str], int] | None:
 def draw(rows: list[Row], title: str, count: Callable[[str], int] | None, room: int) -> Table:
     """Draw the rows as they are now, with at most the last `room` characters of each reply."""
     table = Table(title=Text(title), title_justify="left", expand=True)
-    table.add_column("prompt", max_width=28, no_wrap=True, overflow="ellipsis")
+    table.add_column("prompt", max_width=16, no_wrap=True, overflow="ellipsis")
     table.add_column("reply", ratio=1, overflow="fold")
     table.add_column("first text", justify="right", min_width=7)
     table.add_column("tokens/s", justify="right")

@@ -78,4 +78,4 @@ def test_the_copied_bot_runs_and_can_be_changed_as_the_guide_shows(service):
         check_output(ASK_WRONG, service)
     (test,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (service / "test_helpbot.py").write_text(test)
-    assert "2 passed" in run(TEST, service, service / ".venv" / "bin")
+    assert "3 passed" in run(TEST, service, service / ".venv" / "bin")
