@@ -105,18 +105,21 @@ class BotSettings(AccessSettings):
     stall_timeout_s: float = Field(
         default=120.0,
         gt=0,
+        allow_inf_nan=False,
         description="Seconds without progress by the model after which replies fail and Serve "
         "replaces the replica. Must be longer than one layer takes to read a prompt.",
     )
     num_cpus: float | None = Field(
         default=None,
         ge=0,
+        allow_inf_nan=False,
         description="Cores that Ray reserves per replica, and threads of its model. By default, "
         "Ray reserves one, but the model of a single replica uses all cores.",
     )
     num_gpus: float = Field(
         default=0.0,
         ge=0,
+        allow_inf_nan=False,
         description="GPUs that Ray reserves per replica. Below 1, replicas share one.",
     )
     num_replicas: PositiveInt | Literal["auto"] = Field(
@@ -195,7 +198,10 @@ class BatchSettings(BaseModel, extra="forbid"):
         default=16, gt=0, description="Maximum number of prompts in one run of the model."
     )
     batch_wait_timeout_s: float = Field(
-        default=0.1, ge=0, description="Seconds that a prompt waits for others to join it."
+        default=0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that a prompt waits for others to join it.",
     )
 
 

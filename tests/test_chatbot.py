@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import weakref
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -18,7 +19,7 @@ from websockets.sync.client import connect
 from chatbot import Chatbot
 from streaming_bots.chat import connection
 from streaming_bots.chat.connection import MAX_PROMPTS_AHEAD, ChatConnection
-from streaming_bots.errors import BadMessage
+from streaming_bots.errors import BadMessage, PromptTooLong
 from streaming_bots.settings import ChatbotSettings
 
 HANG_S = 60
@@ -316,6 +317,25 @@ def test_a_client_that_keeps_sending_on_a_closed_socket_causes_no_error(caplog):
 
     assert asyncio.run(open_chat()) == ["websocket.accept", "websocket.close"]
     assert not [record for record in caplog.records if record.name == "ray.serve"]
+
+
+class Text(str):
+    """Text that can be watched by a weak reference."""
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"type": "prompt", "prompt": 7}', 1_000_000 * "["])
+def test_a_refused_message_is_not_kept_until_its_answer(text):
+    async def take() -> None:
+        ws = WebSocket({"type": "websocket", "subprotocols": ["chat.v1"]}, None, None)
+        connection = connection_to(ws)
+        message = {"type": "websocket.receive", "text": Text(text)}
+        kept = weakref.ref(message["text"])
+        await connection.take(message)
+        message.clear()
+        assert isinstance(connection.unanswered[0].error, BadMessage | PromptTooLong)
+        assert kept() is None
+
+    asyncio.run(take())
 
 
 @pytest.mark.parametrize("leaves", [True, False])

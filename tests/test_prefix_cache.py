@@ -37,6 +37,7 @@ def write(cache: PrefixCache, loaded, ids: list[int], tokens: int = 4) -> tuple[
                 max_new_tokens=tokens,
                 streamer=streamer,
             )
+        assert streamer.past_key_values is None  # so that only PrefixCache keeps it alive
         return streamer.decoder.ids, streamer.cached_tokens
 
     return asyncio.run(run())

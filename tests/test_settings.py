@@ -206,6 +206,9 @@ def test_a_system_prompt_that_the_chat_template_does_not_know_is_refused(model):
         {"max_new_tokens": "many"},
         {"dtype": "int4"},
         {"num_cpus": "-1"},
+        {"num_cpus": "inf"},
+        {"num_gpus": "inf"},
+        {"stall_timeout_s": "inf"},
         {"num_replicas": "0"},
         {"end_of_response": "x"},
         {"model": ""},
@@ -217,3 +220,8 @@ def test_a_wrong_argument_is_named(wrong):
     with pytest.raises(ValidationError) as error:
         ChatbotSettings(**wrong)
     assert error.value.errors()[0]["loc"][0] == next(iter(wrong))
+
+
+def test_a_batch_cannot_wait_for_ever():
+    with pytest.raises(ValidationError, match="batch_wait_timeout_s"):
+        BatchbotSettings(batch_wait_timeout_s="inf")

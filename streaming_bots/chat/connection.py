@@ -96,7 +96,8 @@ class ChatConnection:
         try:
             request = self.protocol.read(message)
         except Refusal as refusal:
-            error = refusal
+            error = refusal.with_traceback(None)  # its frames, and its context's, hold the message
+            error.__context__ = None
         else:
             if request == "ping":
                 await self.send(self.protocol.pong())

@@ -43,7 +43,10 @@ class PrefixCache:
         assert isinstance(streamer, ReplyStreamer)
         cache, streamer.cached_tokens = self._take(streamer.input_ids)
         streamer.past_key_values = cache
-        yield
+        try:
+            yield
+        finally:  # the streamer lives on, such as in an idle chat, and would keep the cache
+            streamer.past_key_values = None
         known = cache.get_seq_length()  # without the last token, which the model has not read
         if not known:  # the model has used another cache
             return
