@@ -24,6 +24,7 @@ from ray.serve import Application
 from scripted_model import save_scripted_model
 from stepped_bots import stepped
 
+from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.source import BUNDLED
 from streaming_bots.settings import BatchSettings
@@ -157,6 +158,9 @@ def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no GPU on this machine"
+)
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
 )
@@ -278,15 +282,19 @@ def loaded() -> LoadedModel:
     return load_model(BUNDLED)
 
 
-def reference(loaded: LoadedModel, turns: list[str], max_new_tokens: int) -> str:
+def reference(
+    loaded: LoadedModel, turns: list[str], max_new_tokens: int, sampler: Sampler | None = None
+) -> str:
     """Return the reply of `generate`, in process, to the turns of a conversation."""
     eos = loaded.tokenizer.eos_token
     input_ids = loaded.tokenizer(eos.join([*turns, ""]), return_tensors="pt")["input_ids"]
+    input_ids = input_ids.to(loaded.model.device)
     output = loaded.model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        logits_processor=[SamplingLogitsProcessor([sampler])] if sampler else [],
     )
     return loaded.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 

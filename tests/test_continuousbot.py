@@ -21,6 +21,7 @@ from bot_fixtures import (
     Bot,
     Bots,
     http_reply,
+    needs_gpu,
     reference,
 )
 from callers import HttpCaller
@@ -48,7 +49,7 @@ from continuousbot import Continuousbot
 from streaming_bots.errors import ModelStalled, TooManyWaiting
 from streaming_bots.generation import continuous_batch, kv_cache
 from streaming_bots.generation.continuous_batch import BatchFailed, ContinuousBatch
-from streaming_bots.generation.sampling import ReplyOptions, SamplingLogitsProcessor
+from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.prompt import encode
 from streaming_bots.models.source import BUNDLED
@@ -60,7 +61,6 @@ PROMPTS = [
     "day before, and my sister does not eat meat, so I am a little lost and would like some help.",
     "Thank you, good night!",
 ]
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 SHORT, LONG = "Thank you, good night!", "Tell me a story about dogs."
 
 
@@ -505,14 +505,14 @@ asked = st.tuples(
 )
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
-def test_clients_get_their_replies_while_others_come_and_go(monkeypatch, device):
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+def test_clients_get_their_replies_while_others_come_and_go(loaded, monkeypatch, device):
     """The cache holds two long replies, so some must leave it. All other clients may then leave."""
-    loaded = load_model(BUNDLED, device=device)
+    if device != "cpu":
+        loaded = load_model(BUNDLED, device=device)
     offload, leaving = OffloadingManager.offload_requests, [0]  # after this many offloads
-
-    def ids_of(prompt: str) -> list[int]:
-        return encode([{"role": "user", "content": prompt}], loaded.tokenizer, 400)
 
     def offload_and_leave(self: OffloadingManager) -> bool:
         offloaded = offload(self)
@@ -526,23 +526,16 @@ def test_clients_get_their_replies_while_others_come_and_go(monkeypatch, device)
     monkeypatch.setattr(OffloadingManager, "offload_requests", offload_and_leave)
     expected: dict[tuple[str, int, int | None], str] = {}
     for prompt, tokens, seed in product(PROMPTS, [4, 60], [None, 7]):
-        input_ids = torch.tensor([ids_of(prompt)], device=device)
         sampler = ReplyOptions.model_construct(max_new_tokens=tokens, seed=seed).sampler(device)
-        output = loaded.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=tokens,
-            logits_processor=[SamplingLogitsProcessor([sampler])],
-        )
-        reply = output[0, input_ids.shape[1] :]
-        expected[prompt, tokens, seed] = loaded.tokenizer.decode(reply, skip_special_tokens=True)
+        expected[prompt, tokens, seed] = reference(loaded, [prompt], tokens, sampler)
 
     async def start() -> ContinuousBatch:
         return new_batch(loaded.model, loaded.context, 4, 128, 20)
 
     async def ask(batch, prompt, tokens, stop, seed, pieces, delay_ms) -> None:
         await asyncio.sleep(delay_ms / 1000)
-        streamer, text = new_streamer(loaded.tokenizer, stop, ids_of(prompt), tokens), ""
+        ids = encode([{"role": "user", "content": prompt}], loaded.tokenizer, 400)
+        streamer, text = new_streamer(loaded.tokenizer, stop, ids, tokens), ""
         streamer.options.seed = seed
         batch.submit(streamer)
         try:

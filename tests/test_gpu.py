@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bot_fixtures import Bot, reference
+from bot_fixtures import Bot, needs_gpu, reference
 from callers import ChatCaller, HttpCaller
 from ray import serve
 
@@ -13,8 +13,6 @@ from streaming_bots.models.loaded_model import load_model
 from streaming_bots.models.source import BUNDLED, ModelError
 from streaming_bots.settings import BotSettings
 from textbot import Textbot
-
-has_gpu = torch.cuda.is_available()
 
 
 class Placed:
@@ -50,7 +48,7 @@ BOTS = {
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu, reason="torch sees no GPU on this machine")
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BOTS)
 def test_a_bot_generates_on_the_gpu_that_is_reserved_for_it(port, loaded, name, dtype):
@@ -76,7 +74,7 @@ def test_a_model_is_on_the_cpu_unless_a_gpu_is_reserved():
     assert load_model(BUNDLED).model.device.type == "cpu"
 
 
-@pytest.mark.skipif(has_gpu, reason="torch sees a GPU on this machine")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU on this machine")
 def test_a_reserved_gpu_that_torch_does_not_see_is_an_error_that_says_so(run_other):
     settings = BotSettings(model=BUNDLED, num_gpus=0.5)
     with pytest.raises(ModelError, match=r"sees none.*num_gpus=0"):

@@ -232,11 +232,11 @@ class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
         ]
         self.rows = SamplingLogitsProcessor(samplers)
         # A graph would replay the samplers' old draws, or none.
-        runner = self.manager.batch_processor.model_runner
         graphs = self.manager.continuous_batching_config.cuda_graph_booleans
-        if any(sampler is not None for sampler in samplers):
-            graphs = False, False
-        runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode = graphs
+        runner = self.manager.batch_processor.model_runner
+        runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode = (
+            (False, False) if any(samplers) else graphs
+        )
         return torch.zeros(len(samplers), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:

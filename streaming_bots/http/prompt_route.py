@@ -44,42 +44,37 @@ PROBLEMS = {
         "required": ["loc", "msg", "type"],
     },
 }
+RESPONSES = {
+    400: {
+        "description": "The bot does not answer for this host, or a header is not a client's",
+        "content": {
+            "text/plain": {"schema": TEXT},
+            "application/json": {"schema": _detailed(TEXT)},
+        },
+    },
+    **{status: _error(description, TEXT) for status, description in ERRORS.items()},
+    413: _error("The prompt or the body is too long", TEXT),
+    422: _error("A parameter is missing or wrong", PROBLEMS),
+    503: described("Too many requests wait already", "text/plain", TEXT),
+}
 
 
 def prompt_route(kind: type[TextRequest]) -> dict[str, Any]:
     """Return arguments for `@api.post`, for a route that takes requests of this kind."""
     schemas = kind.model_json_schema()["properties"]
     parameters = {name: _property(schema) for name, schema in schemas.items()}
+    body = described(
+        "The same parameters, for what is long or private; they go before those of the query",
+        "application/json",
+        {"type": "object", "properties": parameters, "additionalProperties": False},
+    )
+    query = [{"name": name, "in": "query", "schema": schema} for name, schema in parameters.items()]
     return {
         "status_code": 200,
         "response_class": TextStream,
         "response_description": "The reply, as the model writes it",
-        "openapi_extra": {
-            "parameters": [
-                {"name": name, "in": "query", "schema": schema}
-                for name, schema in parameters.items()
-            ],
-            "requestBody": described(
-                "The same parameters, for what is long or private; they go before those of the "
-                "query",
-                "application/json",
-                {"type": "object", "properties": parameters, "additionalProperties": False},
-            ),
-        },
-        "responses": {
-            400: {
-                "description": "The bot does not answer for this host, or a header is not a "
-                "client's",
-                "content": {
-                    "text/plain": {"schema": TEXT},
-                    "application/json": {"schema": _detailed(TEXT)},
-                },
-            },
-            **{status: _error(description, TEXT) for status, description in ERRORS.items()},
-            413: _error("The prompt or the body is too long", TEXT),
-            422: _error("A parameter is missing or wrong", PROBLEMS),
-            503: described("Too many requests wait already", "text/plain", TEXT),
-        },
+        "openapi_extra": {"parameters": query, "requestBody": body},
+        "responses": RESPONSES,
     }
 
 
