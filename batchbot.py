@@ -1,4 +1,4 @@
-"""Runs several prompts through the model together. Run it with `serve run batchbot:app`."""
+"""Streams replies that the model writes in batches. Run it with `serve run batchbot:app`."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -24,34 +24,34 @@ from streaming_bots.settings import QUEUE_OPTIONS, BatchbotSettings, BatchSettin
 # What run_model yields for a caller: text, "" if there is none yet, an error, or Serve's end mark.
 Item = str | Exception | type[StopIteration]
 
-api = create_app("Batchbot")
+api = create_app("Batchbot")  # also has OpenAI's routes at /v1, which call start_reply
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
     """Carries the text of a whole batch from the model's thread to the event loop.
 
-    The streamers of transformers take one row. Pass this one to `generate` both as `streamer` and
-    in `stopping_criteria`: it stops `generate` as soon as one row has ended, so that the bot can
-    call it again without that row.
+    The streamers of transformers take no more than one row. Pass this one to `generate` both as
+    `streamer` and in `stopping_criteria`: it stops `generate` as soon as one row has ended, so that
+    the bot can call it again without that row.
     """
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows  # those that `generate` is running now
-        # One list for each step: each row, the text that the step completed, and the row's end or
-        # None. The model's thread puts the lists, and the event loop reads them.
+        # One list for each step, with all rows: the row, the text that the step completed, and the
+        # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # `generate` may then run one step more, and drop it
+        self.stopped = False  # a row has ended; if `generate` runs one step more, it undoes that
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
-    # Called by `generate` in the model's thread: in each step `__call__`, then `put`, which takes
-    # the text that `__call__` has decoded (the order of transformers 5.23), and at last `end`.
+    # `generate` calls these in the model's thread. In each step of transformers 5.23, it calls
+    # `__call__` and then `put`, which takes the text decoded in `__call__`. At its end: `end`.
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Give each row its new token to decode, and say whether to stop: shape (rows,)."""
         if not self.stopped:
             for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-                row.add(token)  # sets row.end: an error, or StopIteration at any other end
+                row.add(token)  # sets row.end at its last token: StopIteration, or its error
             running = [] if self.cancelled else self.rows  # if cancelled, keep none
             self.kept = [index for index, row in enumerate(running) if not row.end]
             self.stopped = len(self.kept) < len(self.rows)
@@ -68,12 +68,12 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         if not self.kept:
             self.steps.end()
 
-    # Called by ModelThread: `end`, without generate_text, if the streamer is `done` at its turn;
-    # `fail` with what generate_text raises; `fail`, then `cancel`, if the model hangs for good.
+    # ModelThread calls `end`, and not generate_text, for a streamer that is `done` before its turn.
+    # If generate_text raises, it calls `fail`. If it hangs, a watchdog calls `fail` and `cancel`.
 
     @property
     def done(self) -> bool:
-        """Whether nobody reads any of its rows (also if it has none)."""
+        """Whether it is cancelled, or none of its rows, if any, has a reader."""
         return self.cancelled or all(row.cancelled for row in self.rows)
 
     def fail(self, error: Exception) -> None:
@@ -93,16 +93,16 @@ class Batchbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BatchbotSettings(model=model, **settings))
-        # Shorter prompts are padded on the left, since replies are appended on the right.
+        # Shorter prompts are padded on the left, since replies are appended on the right. A reply
+        # must depend neither on padding nor, as with longrope's positions, on a long neighbour.
         self.tokenizer.padding_side = "left"
-        self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id
-        self.limit_context(padding.batch_context(self.model, self.context))  # less with longrope
-        padding.check_padding(self.model)  # raises if padding would change the model's replies
-        self.cuts_cache = padding.can_cut_cache(self.model)  # else keep_rows computes all again
-        # A single thread calls generate_text for one batch after another.
-        self.engine = ModelThread(self.model, self.generate_text, self.settings)
-        # Serve runs one batch at a time, but would close another, small one each
-        # batch_wait_timeout_s. So requests wait for this event during a batch, and then form one.
+        self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id  # set by Bot
+        self.limit_context(padding.batch_context(self.model, self.context))
+        padding.check_padding(self.model)  # raises if this model's replies would change
+        self.cuts_cache = padding.can_cut_cache(self.model)  # else rows are computed again
+        self.engine = ModelThread(self.model, self.generate_text, self.settings)  # one thread
+        # While a batch runs, Serve would form a small one after each batch_wait_timeout_s. So
+        # requests wait for this event, which run_model sets at its end, and then form one.
         self.model_is_free = asyncio.Event()
         self.model_is_free.set()
 
@@ -114,14 +114,14 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500 before the first text, later a cut body."""
+        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits its first text; a disconnect closes it
+        return await TextStream.start(reply)  # awaits its first text, if it has any
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation. It queues for a batch when it is first read."""
-        input_ids = await self.encode(messages, options)  # a 413 if max_new_tokens would not fit
+        input_ids = await self.encode(messages, options)  # 413 if it and its reply are too long
         row = Row(self.tokenizer, input_ids, options, self.end_tokens, self.model.device)
         return Reply(row, self.stream_row(row))
 
@@ -136,7 +136,7 @@ class Batchbot(Bot):
                 if item:
                     yield item
         finally:
-            row.cancelled = row.end is None  # a running row then ends at its next token
+            row.cancelled = row.end is None  # if it has not ended, it does so at its next token
             self.metrics.waiting.discard(row)
             self.metrics.running.discard(row)
             self.metrics.record_reply(row)
@@ -145,13 +145,13 @@ class Batchbot(Bot):
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
         """Run a batch. Serve gives each caller the items at its index, until its StopIteration."""
         self.model_is_free.clear()
-        self.metrics.waiting.discard(*rows)
-        self.metrics.running.add(*rows)
         try:
-            for part in split_rows(rows, self.context):  # one, if all fit the context when padded
+            for part in split_rows(rows, self.context):  # one, if all fit when padded
                 streamer = RawStreamer([row for row in part if not row.cancelled])
+                self.metrics.waiting.discard(*streamer.rows)
+                self.metrics.running.add(*streamer.rows)
                 try:
-                    self.engine.submit(streamer)
+                    self.engine.submit(streamer)  # raises after a hang, until Serve replaces this
                     async for items in self.consume_streamer(rows, streamer):
                         yield items
                 except Exception as error:  # fails only this part
@@ -160,14 +160,14 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model in the engine's thread. Samplers draw the rows' tokens, masking others."""
+        """Run the model in the engine's thread. Samplers draw the tokens, and mask the others."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
         while True:
             output = self.model.generate(
                 **inputs,
-                max_new_tokens=self.max_new_tokens,  # row.add knows each row's own limit
+                max_new_tokens=self.max_new_tokens,  # at most; row.add ends a row at its own limit
                 logits_processor=[SamplingLogitsProcessor([row.sampler for row in streamer.rows])],
                 streamer=streamer,
                 stopping_criteria=[streamer],
@@ -175,7 +175,7 @@ class Batchbot(Bot):
             )
             if not streamer.kept:
                 return
-            # Continue with the other rows: their tokens, mask and, if it can be cut, KV cache.
+            # Continue with the other rows: their tokens, mask and, if rows can be cut, KV cache.
             inputs = padding.keep_rows(inputs, output, streamer.kept, self.cuts_cache)
             streamer.rows = [streamer.rows[index] for index in streamer.kept]
             streamer.stopped = False
@@ -190,7 +190,7 @@ class Batchbot(Bot):
                 texts[row] += text
                 ends[row] = end or ""
             yield list(texts.values())
-            if any(ends.values()):  # the responses of these rows close now
+            if any(ends.values()):  # in a second list: a row's text and end are two items
                 yield [ends.get(row, "") for row in rows]
 
 
@@ -199,4 +199,4 @@ def build(settings: BatchbotSettings) -> serve.Application:
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if the hub is down
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled

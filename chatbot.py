@@ -29,30 +29,30 @@ class Chatbot(Bot):
     """Keeps one conversation per connection. All connections share the model.
 
     A text message is a prompt. Its reply arrives as text messages; a separate `<>` then ends it.
-    With the subprotocol chat.v1, clients speak JSON: they set options, stop, and see their place.
+    With the subprotocol chat.v1, clients speak JSON: they set options, stop, and see their turn.
     """
 
     settings: ChatbotSettings
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ChatbotSettings(model=model, **settings))
-        self.free_places = asyncio.Semaphore(MAX_CHATS)
-        # Either engine has one thread. Who reads a streamer gets the error of its run, or batch.
-        if self.settings.max_batch_size is None:  # one reply at a time, in submission order
+        self.free_places = asyncio.Semaphore(MAX_CHATS)  # Serve admits twice as many: see below
+        # Either engine has one thread. If a run or a batch fails, its streamers' readers raise.
+        if self.settings.max_batch_size is None:  # the default: one reply at a time, in order
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
-        else:  # a batch that replies join and leave between steps, without generate_text
+        else:  # one batch, without generate_text: replies join and leave between steps
             self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
             self.limit_context(self.engine.context, self.engine.context_reason)
 
     @api.websocket("/")
     async def handle_request(self, ws: WebSocket, options: ConnectionOptions) -> None:
-        """Accept a client, and reply to its prompts until it disconnects."""
+        """Reply to a client's prompts until it disconnects. The query has their default options."""
         connection = ChatConnection(ws, self, options, self.settings.end_of_response)
         await ws.accept(subprotocol=connection.protocol.subprotocol)
         if self.free_places.locked():
             return await connection.refuse("too many chats are open")  # 1013, try again later
         # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
-        # `converse`, even in mid-reply. `open` ignores a disconnect, and closes on other errors.
+        # `converse`, even in mid-reply. `open` ignores this exception. On others, it closes.
         async with self.free_places, connection.open(), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.receive(ws, connection))
             await self.converse(connection)
@@ -63,19 +63,19 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues a prompt, or stops all; a bad one ends the chat
+            await connection.take(message)  # queues a prompt or its error, or stops those so far
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
         async for prompt in connection:
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
-            # On exit, cancels the reply if it has not ended, and sends the end or the error, unless
-            # the client has left. After an error, JSON chats continue, and plain ones close.
+            # On exit, `answer` cancels an unfinished reply, even if unread. Unless the client has
+            # left, it sends the end or the error. After an error, it closes a plain chat.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # until it begins, or has been stopped
+                await connection.wait_for_turn(prompt)  # until it begins, or a stop cancels it
                 response = ""
-                async for text in reply:  # a stop, even an earlier one, ends this loop
+                async for text in reply:  # a stop ends this loop, even one before the reply
                     response += text
                     await connection.send_text(text)
                 if response or not prompt.stopped:  # forget a prompt stopped before any text
@@ -83,31 +83,31 @@ class Chatbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # drops the oldest of `messages` to fit
+        input_ids = await self.encode(messages, options)  # to fit, deletes the oldest `messages`
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
-        self.engine.submit(streamer)
+        self.engine.submit(streamer)  # TooManyWaiting if 100 wait in this replica
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. A sampler draws a token, and masks all others."""
+        """Run the model in the engine's thread. A sampler draws each token, masking all others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # from ModelThread: what it has read before
-            max_new_tokens=streamer.options.max_new_tokens,  # or an end token of the model's config
+            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
+            max_new_tokens=streamer.options.max_new_tokens,  # or sooner, at the model's end_tokens
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
-            stopping_criteria=[streamer],  # true at a stop string (not sent) or engine.cancel
+            stopping_criteria=[streamer],  # true at a stop string (not sent), or if cancelled
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if closed early, stop or dequeue its run."""
+        """Yield the reply's text as it arrives, until it ends or is cancelled."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
-            self.engine.cancel(streamer)  # has no effect after its end
+            self.engine.cancel(streamer)  # stops or dequeues a reply that has not ended
             self.metrics.record_reply(streamer)
 
 
@@ -116,4 +116,4 @@ def build(settings: ChatbotSettings) -> serve.Application:
     return settings.bind(Chatbot)
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if the hub is down
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled

@@ -1,4 +1,4 @@
-"""Prompts join a batch that is already running. Run it with `serve run continuousbot:app`."""
+"""Streams replies while prompts join their batch. Run it with `serve run continuousbot:app`."""
 
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,10 +14,10 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, ContinuousbotSettings
 
-api = create_app("Continuousbot")
+api = create_app("Continuousbot")  # also has OpenAI's routes at /v1, which call start_reply
 
 
-@serve.deployment(**QUEUE_OPTIONS)
+@serve.deployment(**QUEUE_OPTIONS)  # 100 requests in a replica, 100 in Serve's queue, then 503s
 @serve.ingress(api)
 class Continuousbot(Bot):
     """Writes up to `max_batch_size` replies together; each begins and ends while others run."""
@@ -26,41 +26,41 @@ class Continuousbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
-        # The ContinuousBatchingManager of transformers runs the model in its own thread. Between
-        # steps of a token each, requests leave, and others join if max_batch_size and the KV cache
-        # allow. A failed step fails all, and Bot.check_health makes Serve replace the replica.
+        # Transformers' ContinuousBatchingManager writes a token per reply and step, in its thread.
+        # Then replies leave, and others join, up to max_batch_size. If the KV cache is full, some
+        # wait. If a step fails, all readers and `submit` raise, until Serve replaces the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
-        self.limit_context(self.engine.context, self.engine.context_reason)  # by its KV cache
+        self.limit_context(self.engine.context, self.engine.context_reason)  # what its cache holds
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500 before the first text, later a cut body."""
+        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits its first text; a disconnect closes it
+        return await TextStream.start(reply)  # awaits its first text, if it has any
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # a 413 if max_new_tokens would not fit
+        input_ids = await self.encode(messages, options)  # 413 if it and its reply are too long
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.generate_text(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows why it ended
+        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads its finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
         """Queue a request with the manager, and return at once.
 
-        The manager ends it at an end token or the request's `max_new_tokens`. A logits processor
-        draws each token, and masks all others. The streamer gets it on the event loop.
+        In its thread, a sampler draws each token, and the manager ends the request at an end token
+        or `max_new_tokens`. The event loop gets each token, and the streamer decodes it there.
         """
         self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if closed early, take it off batch or queue."""
+        """Yield the reply's text as it arrives. When the client leaves, end its request."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:
-            self.engine.cancel(streamer)  # has no effect after its end
+        finally:  # also on a disconnect: Serve cancels the request, and TextStream closes this
+            self.engine.cancel(streamer)  # takes it off the batch or the queue, unless it has ended
             self.metrics.record_reply(streamer)
 
 
@@ -69,4 +69,4 @@ def build(settings: ContinuousbotSettings) -> serve.Application:
     return settings.bind(Continuousbot)
 
 
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if the hub is down
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled

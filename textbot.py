@@ -15,55 +15,55 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, BotSettings
 
-api = create_app("Textbot")
+api = create_app("Textbot")  # also has OpenAI's routes at /v1, which call start_reply
 
 
 @serve.deployment(**QUEUE_OPTIONS)  # 100 requests in a replica, 100 in Serve's queue, then 503s
 @serve.ingress(api)
 class Textbot(Bot):
-    """Streams one reply at a time as plain text; other requests wait in the engine's queue."""
+    """Writes one reply at a time, streamed as plain text; other prompts wait in a queue."""
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BotSettings(model=model, **settings))
-        # A single thread calls generate_text for one streamer after another, in the order of
-        # `submit`. Who reads a streamer gets what its run raises. If the thread hangs or dies, all
-        # readers get that as an error, and Bot.check_health makes Serve replace the replica.
+        # One thread calls generate_text for one streamer after another. An exception is raised in
+        # that streamer's reader, and the thread continues. If a watchdog sees it hang, all readers
+        # and `submit` raise, until Serve replaces the replica (Bot.check_health).
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500 before the first text, later a cut body."""
+        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits its first text; a disconnect closes it
+        return await TextStream.start(reply)  # awaits its first text, if it has any
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # a 413 if max_new_tokens would not fit
+        input_ids = await self.encode(messages, options)  # 413 if it and its reply are too long
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # the streamer knows why it ended
+        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads its finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. A sampler draws a token, and masks all others."""
+        """Run the model in the engine's thread. A sampler draws each token, masking all others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # from ModelThread: what it has read before
-            max_new_tokens=streamer.options.max_new_tokens,  # or an end token of the model's config
+            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
+            max_new_tokens=streamer.options.max_new_tokens,  # or sooner, at the model's end_tokens
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
-            stopping_criteria=[streamer],  # true at a stop string (not sent) or engine.cancel
+            stopping_criteria=[streamer],  # true at a stop string (not sent), or if cancelled
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives; if closed early, stop or dequeue its run."""
+        """Yield the reply's text as it arrives. When the client leaves, end its run."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:
-            self.engine.cancel(streamer)  # has no effect after its end
+        finally:  # also on a disconnect: Serve cancels the request, and TextStream closes this
+            self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
             self.metrics.record_reply(streamer)
 
 
@@ -72,4 +72,4 @@ def build(settings: BotSettings) -> serve.Application:
     return settings.bind(Textbot)
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # if the hub is down
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled

@@ -442,7 +442,8 @@ def test_a_client_that_leaves_during_an_earlier_part_costs_the_next_nothing(
     its.model.register_forward_pre_hook(hold, with_kwargs=True)
     callers = [HttpCaller(bot, *each) for each in (("Hey!", 32), ("x" * 58, 4), ("y" * 59, 4))]
     assert begun.wait(HANG_S)  # with the short prompt
-    (row,) = (row for row in its.metrics.running.members if len(row.input_ids) == 60)
+    assert [len(row.input_ids) for row in its.metrics.running.members] == [5]
+    (row,) = (row for row in its.metrics.waiting.members if len(row.input_ids) == 60)
     row.cancelled = True  # as Serve would do
     callers.pop().leave("close")
     go.set()
