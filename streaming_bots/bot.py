@@ -95,11 +95,13 @@ class Bot(ABC):
         none, and shortens the reply instead. Raises a Refusal.
         """
         whole = options.whole
-        budget = self.prompt_budget(1 if whole else options.max_new_tokens)
+        reply_tokens = 1 if whole else options.max_new_tokens
+        budget = self.prompt_budget(reply_tokens)
         try:
             ids = await asyncio.to_thread(encode, messages, self.tokenizer, budget, whole)
         except PromptTooLong as error:
-            raise type(error)(f"{error}{self.context_reason}") from None
+            reason = self.context_reason if budget == self.context - reply_tokens else ""
+            raise type(error)(f"{error}{reason}") from None
         options.max_new_tokens = min(options.max_new_tokens, self.context - len(ids))
         return ids
 

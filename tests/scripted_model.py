@@ -1,5 +1,6 @@
 """A real GPT-2 that writes a given text, which a trained model would write only by chance."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -63,6 +64,16 @@ def save_scripted_model(folder: Path, prompt_length: int, reply: str, context: i
             model.lm_head.weight[token, position] = 1.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def name_end_tokens(folder: Path, token: int | None) -> None:
+    """Let a saved model name this end token, and its tokenizer none."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": None, "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | {"eos_token_id": token}))
 
 
 def save_random_model(config: PreTrainedConfig, folder: Path, context: int = 128) -> None:

@@ -43,7 +43,7 @@ from transformers import (
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from continuousbot import Continuousbot
 from streaming_bots.errors import ModelStalled, TooManyWaiting
@@ -272,6 +272,9 @@ def test_a_prompt_that_the_cache_cannot_hold_is_a_413_that_says_so(run_other):
     response = requests.post(bot.http, json={"prompt": "word " * 99})
     assert response.status_code == 413
     assert response.json()["detail"].endswith(" tokens, 32 fit; the cache has 64")
+    bot = run_other(Continuousbot.bind(BUNDLED, cache_tokens=64, max_prompt_tokens=16))
+    response = requests.post(bot.http, json={"prompt": "word " * 99})
+    assert response.json()["detail"].endswith(" tokens, 16 fit")
 
 
 GEMMA = Gemma3TextConfig(
@@ -419,6 +422,29 @@ def test_tokens_are_progress_even_if_no_layer_reports_any(loaded, monkeypatch):
         hook.remove()
         batch.check()
         assert streamer.reply_tokens == 20
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
+
+
+def test_a_request_whose_cancel_came_too_early_is_cancelled_with_the_next(loaded, monkeypatch):
+    """The manager takes new requests first, and then cancels; one added in between runs on."""
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+    clear, gone = kv_cache.RoomScheduler.clear_cancelled_requests, threading.Event()
+
+    def note(self: kv_cache.RoomScheduler) -> list[RequestState]:
+        states = clear(self)
+        if "ghost" in [state.request_id for state in states]:
+            gone.set()
+        return states
+
+    monkeypatch.setattr(kv_cache.RoomScheduler, "clear_cancelled_requests", note)
+
+    async def test() -> None:
+        batch = new_batch(loaded.model, 512, 2)
+        batch.manager.add_request([1, 2, 3], "ghost", max_new_tokens=400, streaming=True)
+        batch.submit(new_streamer(loaded.tokenizer, (), [1, 2, 3], 8))
+        assert await asyncio.to_thread(gone.wait, HANG_S)
         batch.manager.stop(hard_stop=True)
 
     asyncio.run(test())

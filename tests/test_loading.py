@@ -17,7 +17,7 @@ import pytest
 import torch
 from bot_fixtures import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from huggingface_hub import constants
-from scripted_model import byte_tokenizer
+from scripted_model import byte_tokenizer, name_end_tokens
 from transformers import AutoTokenizer, BertConfig, T5Config
 
 from streaming_bots.models import loading_progress
@@ -95,18 +95,14 @@ def test_a_reply_ends_at_the_end_token_of_the_tokenizer_too(copy_of_model):
     assert reply(str(copy_of_model)) == EMOJI_REPLY
 
 
-def test_padding_is_always_a_token_that_the_model_knows(copy_of_model):
+@pytest.mark.parametrize("none", [None, -1])
+def test_padding_is_always_a_token_that_the_model_knows(copy_of_model, none):
     tokenizer = AutoTokenizer.from_pretrained(copy_of_model)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(copy_of_model)
     loaded = load_model(str(copy_of_model))
     assert loaded.model.generation_config.pad_token_id == tokenizer.eos_token_id
-    settings = json.loads((copy_of_model / "tokenizer_config.json").read_text())
-    del settings["pad_token"], settings["eos_token"]
-    (copy_of_model / "tokenizer_config.json").write_text(json.dumps(settings))
-    for name in ("config.json", "generation_config.json"):
-        config = json.loads((copy_of_model / name).read_text())
-        (copy_of_model / name).write_text(json.dumps(config | {"eos_token_id": None}))
+    name_end_tokens(copy_of_model, none)
     loaded = load_model(str(copy_of_model))
     assert loaded.model.generation_config.eos_token_id is None
     assert loaded.model.generation_config.pad_token_id == 0

@@ -3,6 +3,8 @@
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import openai
@@ -23,11 +25,19 @@ from bot_fixtures import (
 from callers import CompletionCaller
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai_clients import CLIENTS, client_of, complete, text_of, user
+from scripted_model import name_end_tokens, save_random_model
+from transformers import GPT2Config
 
 from streaming_bots.http import app
 from streaming_bots.http.openai import completion
 from streaming_bots.http.openai.completion_request import CompletionRequest
 from streaming_bots.models.source import BUNDLED
+from streaming_bots.settings import (
+    BatchbotSettings,
+    BotSettings,
+    ChatbotSettings,
+    ContinuousbotSettings,
+)
 from textbot import Textbot
 
 BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
@@ -67,6 +77,28 @@ def test_the_text_equals_that_of_the_bots_own_route(bots, loaded, name):
     assert text_of(answer) == (expected or http_reply(bot, LONG, 40))
     assert answer.choices[0].finish_reason == "length"
     assert answer.model == BUNDLED
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("textbot", BotSettings),
+        ("chatbot", ChatbotSettings),
+        ("chatbot", partial(ChatbotSettings, max_batch_size=2)),
+        ("batchbot", BatchbotSettings),
+        ("continuousbot", ContinuousbotSettings),
+    ],
+)
+def test_a_reply_of_a_model_without_end_tokens_ends_at_its_limit(
+    run_other, tmp_path, name, settings
+):
+    save_random_model(GPT2Config(n_positions=128, n_embd=32, n_layer=1, n_head=2), tmp_path)
+    name_end_tokens(tmp_path, None)
+    build = import_module(name).build
+    bot = run_other(build(settings(model=str(tmp_path), max_new_tokens=5)))
+    *_, last, done = events_of(bot)
+    reason = json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"]
+    assert (reason, done) == ("length", "data: [DONE]")
 
 
 @every_bot

@@ -41,7 +41,7 @@ class ContinuousBatch(Engine):
         watch_layers(model, self.watchdog.note_progress)
         self.cache_tokens = tokens_that_fit(self.manager)
         self.context = min(context, self.cache_tokens)  # tokens of a prompt and its reply
-        in_cache = self.context == self.cache_tokens
+        in_cache = self.cache_tokens < context
         self.context_reason = f"; the cache has {self.cache_tokens}" if in_cache else ""
 
     def check(self) -> None:
@@ -108,7 +108,8 @@ class ContinuousBatch(Engine):
         router = self.manager.output_router
         router.result_handlers.pop(request, None)
         while not router.output_queue.empty():
-            router.output_queue.get_nowait()
+            # A request cancelled as it was added may still run: its cancel can come before it.
+            self.manager.cancel_request(router.output_queue.get_nowait().request_id)
         self.submitted.pop(streamer, None)
         self.running.discard(streamer)
         self._changed()

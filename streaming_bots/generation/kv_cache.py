@@ -3,6 +3,7 @@
 import threading
 from bisect import bisect_left
 from collections import deque
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -77,7 +78,8 @@ def start_manager(
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
     tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
-    manager = model.init_continuous_batching(continuous_batching_config=config)
+    # The manager changes the end token in its generation config if the model has none.
+    manager = model.init_continuous_batching(deepcopy(model.generation_config), config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(
         LogitsProcessorList([RequestsLogitsProcessor(manager)])
     )

@@ -124,7 +124,8 @@ def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """
     # The chat template may end a turn with a token that the model's configuration does not name.
     own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ends = {token for token in named if token is not None and token >= 0}  # -1 means none, too
     # Any token will do for padding, since the attention mask hides it, but the model must know it.
     pads = [tokenizer.pad_token_id, *sorted(ends), 0]
     known = model.get_input_embeddings().num_embeddings
@@ -132,5 +133,5 @@ def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=next(pad for pad in pads if pad is not None and pad < known),
+        pad_token_id=next(pad for pad in pads if pad is not None and 0 <= pad < known),
     )

@@ -48,13 +48,13 @@ class Completion:
                         yield unsent + self._event({"content": text})
                         unsent = ""
                     began = True
+            unsent += self._event({}, end=True)
+            if include_usage:
+                unsent += _data({**self._object("chat.completion.chunk"), "usage": self.usage})
         except Exception as error:
             if began:
                 yield _data(describe_error(500, describe(error)))
             raise
-        unsent += self._event({}, end=True)
-        if include_usage:
-            unsent += _data({**self._object("chat.completion.chunk"), "usage": self.usage})
         yield unsent + "data: [DONE]\n\n"
 
     @property
