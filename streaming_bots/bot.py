@@ -5,6 +5,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import torch
 from ray import serve
@@ -14,13 +15,7 @@ from streaming_bots.generation.engine import Engine
 from streaming_bots.generation.reply import ReplyState
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.loaded_model import load_model
-from streaming_bots.models.prompt import (
-    Message,
-    encode,
-    new_conversation,
-    prompt_limit,
-    reply_limit,
-)
+from streaming_bots.models.prompt import Message, encode, new_conversation, token_limits
 from streaming_bots.operations.drain import Drain
 from streaming_bots.operations.log import traceback_once
 from streaming_bots.operations.metrics import BotMetrics
@@ -29,15 +24,15 @@ from streaming_bots.settings import BotSettings
 logger = logging.getLogger("ray.serve")
 
 
+@dataclass
 class Reply:
     """One reply. `async for` yields its text as the model writes it; `state` says how it ended.
 
     The caller must close it. Closing it before its end stops the model.
     """
 
-    def __init__(self, state: ReplyState, chunks: AsyncGenerator[str]) -> None:
-        self.state = state
-        self.chunks = chunks
+    state: ReplyState
+    chunks: AsyncGenerator[str]
 
     def __aiter__(self) -> AsyncGenerator[str]:
         return self.chunks
@@ -78,8 +73,10 @@ class Bot(ABC):
         """
         self.context = tokens
         self.context_reason = reason
-        self.max_new_tokens = reply_limit(self.settings.max_new_tokens, tokens)
-        self.max_prompt_tokens = prompt_limit(self.settings.max_prompt_tokens, tokens)
+        its = self.settings
+        self.max_new_tokens, self.max_prompt_tokens = token_limits(
+            its.max_new_tokens, its.max_prompt_tokens, tokens
+        )
 
     def new_conversation(self) -> list[Message]:
         return new_conversation(self.settings.system_prompt)

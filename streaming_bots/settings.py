@@ -16,7 +16,7 @@ from ray.serve.config import BackpressureConfig
 
 from streaming_bots.access import AccessSettings
 from streaming_bots.models.loaded_model import check_model
-from streaming_bots.models.prompt import encode, new_conversation, prompt_limit, reply_limit
+from streaming_bots.models.prompt import encode, new_conversation, token_limits
 from streaming_bots.models.source import BUNDLED, ModelError
 from streaming_bots.operations.drain import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S
 from streaming_bots.operations.machine import cores
@@ -178,13 +178,10 @@ class BotSettings(AccessSettings):
             if given.get("fallback") is None:
                 raise
             _, tokenizer, context = check_model(given["fallback"])
-        budget = min(
-            context - reply_limit(self.max_new_tokens, context),
-            prompt_limit(self.max_prompt_tokens, context),
-        )
+        reply, prompt = token_limits(self.max_new_tokens, self.max_prompt_tokens, context)
         shortest = [*new_conversation(self.system_prompt), {"role": "user", "content": "Hi"}]
         try:
-            encode(shortest, tokenizer, budget)
+            encode(shortest, tokenizer, min(context - reply, prompt))
         except Exception as error:
             culprit = "system_prompt" if self.system_prompt else "max_new_tokens"
             raise ValueError(f"{culprit}: the model cannot take it: {error}") from error

@@ -12,7 +12,7 @@ from streaming_bots.models.prompt import (
     UnknownToken,
     encode,
     new_conversation,
-    reply_limit,
+    token_limits,
 )
 
 TEMPLATE = (
@@ -132,9 +132,8 @@ def test_a_conversation_begins_with_the_system_prompt_if_there_is_one():
 
 
 def test_the_limit_of_a_reply_leaves_room_for_a_prompt():
-    assert reply_limit(None, 1024) == 256
-    assert reply_limit(None, 128) == 64
-    assert reply_limit(127, 128) == 127
+    assert [token_limits(None, None, context)[0] for context in (1024, 128)] == [256, 64]
+    assert token_limits(127, 1, 128) == (127, 1)
     for impossible in (0, -1, 128, 1000):
         with pytest.raises(ValueError, match="from 1 to 127 are possible"):
-            reply_limit(impossible, 128)
+            token_limits(impossible, None, 128)

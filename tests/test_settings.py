@@ -19,7 +19,7 @@ import batchbot
 import chatbot
 import continuousbot
 import textbot
-from streaming_bots.models.prompt import prompt_limit
+from streaming_bots.models.prompt import token_limits
 from streaming_bots.models.source import BUNDLED
 from streaming_bots.settings import (
     BatchbotSettings,
@@ -152,7 +152,8 @@ def test_the_key_is_read_once(run_other, model, tmp_path):
 
 
 def test_prompts_are_limited_by_default_even_if_the_context_is_long():
-    assert [prompt_limit(None, context) for context in (512, 131_072)] == [511, 8192]
+    contexts = (512, 131_072)
+    assert [token_limits(None, None, context)[1] for context in contexts] == [511, 8192]
 
 
 def test_a_limit_of_prompts_beyond_the_context_is_refused(model):

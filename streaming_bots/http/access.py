@@ -107,16 +107,13 @@ def is_own(origin: str, host: str) -> bool:
 def check_head(scope: Scope) -> Response | None:
     """Return a 400 for a header that would steer Serve, or a 422 for too long a query."""
     for name, value in Headers(scope=scope).items():
-        if steers(name.replace("_", "-"), value):
+        known = name.replace("_", "-")
+        if known in STEERING or (known == TIMEOUT and not is_positive(value)):
             return JSONResponse({"detail": f"the header {name} is not a client's to set"}, 400)
     if scope["query_string"].count(b"&") >= MAX_PARAMETERS:
         problem = {"type": "too_long", "loc": ["query"], "msg": "it has too many parameters"}
         return JSONResponse({"detail": [problem]}, 422)
     return None
-
-
-def steers(name: str, value: str) -> bool:
-    return name in STEERING or (name == TIMEOUT and not is_positive(value))
 
 
 def is_positive(seconds: str) -> bool:

@@ -132,28 +132,22 @@ def tokenize(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) ->
     return list(encoded["input_ids"])
 
 
-def reply_limit(max_new_tokens: int | None, context: int) -> int:
-    """Return the maximum tokens of a reply: by default 256, or half the context if less."""
-    if max_new_tokens is None:
-        return min(256, context // 2)
-    return check_limit("max_new_tokens", max_new_tokens, context)
+def token_limits(
+    max_new_tokens: int | None, max_prompt_tokens: int | None, context: int
+) -> tuple[int, int]:
+    """Return the maximum tokens of a reply, and of a prompt with the conversation before it.
 
-
-def prompt_limit(max_prompt_tokens: int | None, context: int) -> int:
-    """Return the maximum tokens of a prompt, including the conversation before it.
-
-    The default is the context less a reply of one token, but at most DEFAULT_PROMPT_TOKENS.
+    By default, a reply has up to 256, or half the context if less, and a prompt the context less
+    one token, but at most DEFAULT_PROMPT_TOKENS. Raises ValueError for a limit that does not fit.
     """
-    if max_prompt_tokens is None:
-        return min(context - 1, DEFAULT_PROMPT_TOKENS)
-    return check_limit("max_prompt_tokens", max_prompt_tokens, context)
-
-
-def check_limit(name: str, tokens: int, context: int) -> int:
-    """Return `tokens`. Raises ValueError if a prompt and a reply could then not both fit."""
-    if not 0 < tokens < context:
-        raise ValueError(
-            f"{name} is {tokens}: from 1 to {context - 1} are possible, since prompt and reply "
-            f"share the model's context of {context} tokens"
-        )
-    return tokens
+    limits = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
+    for name, tokens in limits.items():
+        if tokens is not None and not 0 < tokens < context:
+            raise ValueError(
+                f"{name} is {tokens}: from 1 to {context - 1} are possible, since prompt and reply "
+                f"share the model's context of {context} tokens"
+            )
+    return (
+        min(256, context // 2) if max_new_tokens is None else max_new_tokens,
+        min(context - 1, DEFAULT_PROMPT_TOKENS) if max_prompt_tokens is None else max_prompt_tokens,
+    )
