@@ -96,8 +96,8 @@ class BotSettings(AccessSettings):
         ge=0,
         description="Megabytes for the KV caches of earlier replies, a quarter of the free memory "
         "at most. The model then reads only what is new in the next turn of a conversation. 0 "
-        "keeps none, so that timing tells no client what others have asked. A continuous batch "
-        "keeps them in its own cache.",
+        "keeps none, so that neither timing nor `usage` tells clients what others have asked. A "
+        "continuous batch keeps them in its own cache.",
     )
     system_prompt: str | None = Field(
         default=None, description="Instructions that begin every conversation."

@@ -35,6 +35,7 @@ from stepped_bots import DECODE_ERROR
 from transformers import (
     BartConfig,
     GPTNeoConfig,
+    Llama4TextConfig,
     MambaConfig,
     MiniMaxConfig,
     OpenAIGPTConfig,
@@ -388,11 +389,29 @@ PHI = Phi3Config(
 )
 
 
-@pytest.mark.parametrize("bot", [Batchbot, Continuousbot], ids=lambda bot: bot.name)
-def test_a_model_with_length_dependent_positions_keeps_its_original_context(
-    bot, run_other, tmp_path
+LLAMA_4 = Llama4TextConfig(
+    hidden_size=32,
+    intermediate_size=32,
+    intermediate_size_mlp=32,
+    num_hidden_layers=4,  # the last without RoPE, which is the one that becomes sharper
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_local_experts=2,
+    max_position_embeddings=512,
+    floor_scale=33,
+)
+
+
+@pytest.mark.parametrize(
+    ("bot", "config"),
+    [(Batchbot, PHI), (Continuousbot, PHI), (Batchbot, LLAMA_4)],
+    ids=["phi-batchbot", "phi-continuousbot", "llama4-batchbot"],
+)
+def test_a_model_whose_attention_depends_on_its_neighbours_lengths_has_less_context(
+    bot, config, run_other, tmp_path
 ):
-    save_random_model(PHI, tmp_path)
+    save_random_model(config, tmp_path)
     served = run_other(bot.bind(str(tmp_path)))
     long = requests.post(served.http, json={"prompt": "x" * 100, "max_new_tokens": 4})
     assert (long.status_code, "28 fit" in long.text) == (413, True)

@@ -95,6 +95,7 @@ class ModelThread(Engine):
                 return
             self.watchdog.note_progress()
             self._on_loop(self._ended, streamer)
+            del streamer  # an idle thread would keep its prompt and its reply
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: the process is ending

@@ -21,9 +21,13 @@ def batch_context(model: PreTrainedModel, context: int) -> int:
     """Return how many tokens a prompt and its reply may have when other rows share the run.
 
     With "longrope", as in Phi-3 with 128k, one row longer than the model's original context
-    changes the positions of all rows. A reply would then depend on its neighbours.
+    changes the positions of all rows. Llama 4 counts padding to find where its attention becomes
+    sharper. A reply would then depend on its neighbours.
     """
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False):
+        context = min(context, config.floor_scale - 1)
+    rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
         if isinstance(part, dict) and part.get("rope_type") == "longrope":
             context = min(context, part["original_max_position_embeddings"])

@@ -85,7 +85,7 @@ def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | Non
     headers = Headers(scope=scope)
     for origin in headers.getlist("origin"):
         if not ({"*", origin} & set(allowed_origins) or is_own(origin, headers.get("host", ""))):
-            return JSONResponse({"detail": f"origin {origin} is not allowed"}, 403)
+            return JSONResponse({"detail": f"origin {origin[:100]} is not allowed"}, 403)
     return None
 
 
