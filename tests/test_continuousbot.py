@@ -40,6 +40,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPTJConfig,
+    Llama4TextConfig,
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
@@ -257,8 +258,9 @@ SMALL = {
         (DiffLlamaConfig(**SMALL), "depend on the rest"),
         (DogeConfig(**SMALL), "must match"),  # of others in the same step
         (FalconConfig(hidden_size=64, num_attention_heads=4, vocab_size=9), "must match"),
+        (Llama4TextConfig(**SMALL, intermediate_size_mlp=64, head_dim=8), "Invalid layer type"),
     ],
-    ids=["gptj", "diffllama", "doge", "falcon"],
+    ids=["gptj", "diffllama", "doge", "falcon", "llama4"],
 )
 def test_a_model_unfit_for_continuous_batching_is_refused_at_the_start(config, problem):
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -355,7 +357,7 @@ def test_the_cache_has_room_for_the_rows_or_a_long_prompt_in_half_of_the_memory(
     manager = kv_cache.start_manager(loaded.model, context, rows, cache_tokens)
     manager.stop(hard_stop=True)
     tokens = manager.continuous_batching_config.num_blocks * kv_cache.PAGE_SIZE
-    bound = expected or free // 2 // kv_cache.bytes_per_token(loaded.model)
+    bound = expected or free // 2 // kv_cache.bytes_per_token(loaded.model, rows)
     assert bound - kv_cache.PAGE_SIZE < tokens <= bound
 
 

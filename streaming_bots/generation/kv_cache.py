@@ -49,8 +49,7 @@ def start_manager(
 
     The KV cache has room for `cache_tokens`, in half of the free memory at most. Its default is
     TOKENS_PER_ROW times `rows`, or the context, up to TOKENS_OF_ONE, if that is more. Raises
-    MemoryError if the cache does not fit, and ValueError, or the model's own error, if
-    transformers cannot batch the model.
+    MemoryError if the cache does not fit, and ValueError if transformers cannot batch the model.
     """
     # This must come first, since the manager changes the model's attention. The prompts are
     # shorter than a page, since the manager would keep longer ones to share.
@@ -76,10 +75,13 @@ def start_manager(
     # By default, the cache would take most of the memory. That slows each step on a CPU, and
     # leaves none for other replicas on a GPU.
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
-    tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model))
+    tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model, rows))
     config.num_blocks = max(1, tokens // PAGE_SIZE)
-    # The manager changes the end token in its generation config if the model has none.
-    manager = model.init_continuous_batching(deepcopy(model.generation_config), config)
+    try:
+        # The manager changes the end token in its generation config if the model has none.
+        manager = model.init_continuous_batching(deepcopy(model.generation_config), config)
+    except Exception as problem:
+        raise unfit(model, problem) from problem
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(
         LogitsProcessorList([RequestsLogitsProcessor(manager)])
     )
@@ -103,14 +105,23 @@ def start_manager(
     starter.join()
     if problems:
         manager.stop()
-        raise problems[0]
+        if isinstance(problems[0], MemoryError):
+            raise problems[0]
+        raise unfit(model, problems[0]) from problems[0]
     return manager
+
+
+def unfit(model: PreTrainedModel, problem: Exception) -> ValueError:
+    return ValueError(
+        f"transformers cannot batch {model.config.model_type} continuously: {problem}; "
+        "the Textbot can use it"
+    )
 
 
 def try_out(
     manager: ContinuousBatchingManager, model: PreTrainedModel, alone: dict[int, torch.Tensor]
 ) -> None:
-    """Raise ValueError if the manager cannot write replies together, or writes nonsense.
+    """Raise ValueError with the reason if replies together fail, or differ from those alone.
 
     `alone` maps each prompt's length to the logits, (steps, vocabulary size), of its reply alone.
     """
@@ -128,10 +139,7 @@ def try_out(
     ):
         problem = "replies would depend on the rest of the batch"
     if problem:
-        raise ValueError(
-            f"transformers cannot batch {model.config.model_type} continuously: {problem}; "
-            "the Textbot can use it"
-        )
+        raise ValueError(problem)
 
 
 def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
@@ -149,11 +157,12 @@ def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
     return bisect_left(range(1, blocks * PAGE_SIZE + 1), True, key=is_too_much)
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Return the bytes that the keys and values of one token take in the KV cache."""
+def bytes_per_token(model: PreTrainedModel, rows: int) -> int:
+    """Return the bytes that one token of the KV cache takes: its keys and values, and its mask."""
     config = model.config.get_text_config()
     width = find_num_key_value_heads(config) * find_head_dim(config)
-    return 2 * config.num_hidden_layers * width * model.dtype.itemsize
+    numbers = 2 * config.num_hidden_layers * width + rows + PROMPT_TOKENS_PER_STEP
+    return numbers * model.dtype.itemsize
 
 
 class RoomScheduler(FIFOScheduler):
