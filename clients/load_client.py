@@ -189,6 +189,10 @@ def watch(
     ):
         for thread in start(rows, options, headers):
             thread.join()
+    if not console.is_terminal:
+        print()
+    if all(row.outcome == "refused 405" for row in rows):
+        print("the Chatbot? add --url ws://localhost:8000/", file=sys.stderr)
 
 
 if __name__ == "__main__":

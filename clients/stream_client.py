@@ -31,7 +31,8 @@ def ask(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print a reply as it streams in.")
-    parser.add_argument("prompt", nargs="?", default="Tell me a story about dogs.")
+    story = "Tell me a story about dogs."
+    parser.add_argument("prompt", nargs="?", default=story, help=f"by default, {story!r}")
     parser.add_argument("--max-new-tokens", type=int, help="maximum length of the reply")
     add_options(parser, "http://localhost:8000/")
     options = parser.parse_args()
