@@ -203,7 +203,9 @@ class BatchSettings(BaseModel, extra="forbid"):
 
 
 class BatchbotSettings(BotSettings, BatchSettings):
-    prefix_cache_mb: Literal[0] = Field(default=0, description="A static batch keeps nothing.")
+    prefix_cache_mb: int = Field(
+        default=0, ge=0, le=0, description="0, since a static batch keeps nothing."
+    )
     _in_force: BatchSettings | None = PrivateAttr(default=None)
 
     def reconfigure(self, user_config: dict[str, Any]) -> BatchSettings:

@@ -223,6 +223,11 @@ def test_a_wrong_argument_is_named(wrong):
     assert error.value.errors()[0]["loc"][0] == next(iter(wrong))
 
 
+@each_bot
+def test_every_bot_can_be_told_to_keep_no_prefixes_on_the_command_line(module, arguments):
+    assert arguments(prefix_cache_mb="0").prefix_cache_mb == 0
+
+
 def test_a_batch_cannot_wait_for_ever():
     with pytest.raises(ValidationError, match="batch_wait_timeout_s"):
         BatchbotSettings(batch_wait_timeout_s="inf")

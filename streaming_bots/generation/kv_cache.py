@@ -75,9 +75,9 @@ def start_manager(
     # By default, the cache would take most of the memory. That slows each step on a CPU, and
     # leaves none for other replicas on a GPU.
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
-    tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model, rows))
-    config.num_blocks = max(1, tokens // PAGE_SIZE)
     try:
+        tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model, rows))
+        config.num_blocks = max(1, tokens // PAGE_SIZE)
         # The manager changes the end token in its generation config if the model has none.
         manager = model.init_continuous_batching(deepcopy(model.generation_config), config)
     except Exception as problem:
@@ -112,8 +112,9 @@ def start_manager(
 
 
 def unfit(model: PreTrainedModel, problem: Exception) -> ValueError:
+    reason = str(problem).partition("\n")[0]  # some show the whole configuration after it
     return ValueError(
-        f"transformers cannot batch {model.config.model_type} continuously: {problem}; "
+        f"transformers cannot batch {model.config.model_type} continuously: {reason}; "
         "the Textbot can use it"
     )
 

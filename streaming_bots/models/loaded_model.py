@@ -71,7 +71,7 @@ def load_model(
     except ModelError as error:
         if fallback is None:
             raise
-        logger.warning(f"{error}. Until then, and a restart, the model {fallback} answers in its place.")
+        logger.warning(f"{error}, and start again. Until then, {fallback} answers in its place.")
         return load_model(fallback, dtype, device=device)
     model.to(device)
     model.generation_config = greedy_config(model, tokenizer)
