@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streaming_bots.access import DEFAULT_PORTS
 from streaming_bots.bot import Bot, current_bot
+from streaming_bots.http.request import shorten
 
 BEARER_PROTOCOL = "bearer."  # followed by the key in base64url, without padding
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
@@ -85,7 +86,7 @@ def check_origin(scope: Scope, allowed_origins: Sequence[str]) -> Response | Non
     headers = Headers(scope=scope)
     for origin in headers.getlist("origin"):
         if not ({"*", origin} & set(allowed_origins) or is_own(origin, headers.get("host", ""))):
-            return JSONResponse({"detail": f"origin {origin[:100]} is not allowed"}, 403)
+            return JSONResponse({"detail": f"origin {shorten(origin)} is not allowed"}, 403)
     return None
 
 

@@ -13,6 +13,7 @@ from streaming_bots.http.openai.completion_request import (
     read_completion_request,
 )
 from streaming_bots.http.prompt_route import ERRORS, described
+from streaming_bots.http.request import shorten
 from streaming_bots.http.response import EventStream
 
 ERROR = {
@@ -103,7 +104,7 @@ async def show_model(model: str) -> dict[str, Any]:
 def check_model(name: str, bot: Bot) -> None:
     """Raise ModelNotFound unless `name` is that of the bot's model, or its last part."""
     if name not in (bot.model_name, bot.model_name.rpartition("/")[2]):
-        raise ModelNotFound(f"there is no model {name[:100]!r}; {bot.model_name!r} answers here")
+        raise ModelNotFound(f"there is no model {shorten(name)!r}; {bot.model_name!r} answers here")
 
 
 def describe_model(bot: Bot) -> dict[str, Any]:
