@@ -61,7 +61,6 @@ class SoakBot:
         self.model.register_forward_pre_hook(self.before_step)
         self.random = random.Random(0)
         self.numbers = count(1)
-        self.steps_to_failure = 0
         self.at_rest: set[asyncio.Task] = set()
         self.forget()
 
@@ -111,23 +110,9 @@ class SoakBot:
         self.count_outcome(outcome)
         self.outcomes[_get_serve_request_context().request_id].append(outcome)
 
-    def generate_text(self, streamer: ReplyStreamer) -> None:
-        self.generations += 1
-        fails = next(self.numbers) % FAIL_EVERY == 0
-        self.steps_to_failure = self.random.randint(1, FAIL_WITHIN) if fails else 0
-        self.tell_begun([streamer])
-        time.sleep(PREFILL_S)
-        super().generate_text(streamer)
-
     def before_step(self, *_: Any) -> None:
-        self.steps_to_failure -= 1
-        if self.steps_to_failure == 0:
-            self.failures += 1
-            self.failing += self.requests_in_generation()
-            raise RuntimeError("this step was told to fail")
-
-    def requests_in_generation(self) -> int:
-        return 1
+        """Called in the model's thread."""
+        raise NotImplementedError
 
     async def report(self) -> Report:
         """Wait until all requests have ended and the model is idle; report, and start over."""
@@ -181,15 +166,39 @@ def count_objects() -> dict[str, int]:
     return {kind.__name__: number for kind, number in types.items()}
 
 
-class SoakTextbot(SoakBot, Textbot.func_or_class):
+class SoakModelThread(SoakBot):
+    """Make a step fail, and with it what the model's thread generates."""
+
+    steps_to_failure = 0
+
+    def generate_text(self, streamer: ReplyStreamer) -> None:
+        self.generations += 1
+        fails = next(self.numbers) % FAIL_EVERY == 0
+        self.steps_to_failure = self.random.randint(1, FAIL_WITHIN) if fails else 0
+        self.tell_begun([streamer])
+        time.sleep(PREFILL_S)
+        super().generate_text(streamer)
+
+    def before_step(self, *_: Any) -> None:
+        self.steps_to_failure -= 1
+        if self.steps_to_failure == 0:
+            self.failures += 1
+            self.failing += self.requests_in_generation()
+            raise RuntimeError("this step was told to fail")
+
+    def requests_in_generation(self) -> int:
+        return 1
+
+
+class SoakTextbot(SoakModelThread, Textbot.func_or_class):
     pass
 
 
-class SoakChatbot(SoakBot, Chatbot.func_or_class):
+class SoakChatbot(SoakModelThread, Chatbot.func_or_class):
     pass
 
 
-class SoakBatchbot(SoakBot, Batchbot.func_or_class):
+class SoakBatchbot(SoakModelThread, Batchbot.func_or_class):
     def watch_cancelling(self) -> None:
         """Do nothing: `stream_row` knows the rows."""
 
@@ -258,10 +267,11 @@ class SoakBatchedChatbot(SoakContinuousBatch, Chatbot.func_or_class):
 
 
 LITTLE = {"prefix_cache_mb": 1}  # so that the cache soon stops growing
+FEW_PLACES = {"max_batch_size": 2}  # so that some requests wait
 SOAKED = {
     "textbot": (SoakTextbot, Textbot, LITTLE),
     "chatbot": (SoakChatbot, Chatbot, LITTLE),
-    "batched_chatbot": (SoakBatchedChatbot, Chatbot, {"max_batch_size": 32}),
+    "batched_chatbot": (SoakBatchedChatbot, Chatbot, FEW_PLACES),
     "batchbot": (SoakBatchbot, Batchbot, {}),
-    "continuousbot": (SoakContinuousbot, Continuousbot, {}),
+    "continuousbot": (SoakContinuousbot, Continuousbot, FEW_PLACES),
 }
