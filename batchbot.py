@@ -24,15 +24,15 @@ from streaming_bots.settings import QUEUE_OPTIONS, BatchbotSettings, BatchSettin
 # What run_model yields for a caller: text, "" if there is none yet, an error, or Serve's end mark.
 Item = str | Exception | type[StopIteration]
 
-api = create_app("Batchbot")  # also has OpenAI's routes at /v1, which call start_reply
+api = create_app("Batchbot")  # with OpenAI's routes at /v1, which call this bot's start_reply
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
     """Carries the text of a whole batch from the model's thread to the event loop.
 
     The streamers of transformers take no more than one row. Pass this one to `generate` both as
-    `streamer` and in `stopping_criteria`: it stops `generate` as soon as one row has ended, so that
-    the bot can call it again without that row.
+    `streamer` and in `stopping_criteria`: it stops `generate` as soon as one row has ended. The
+    bot then calls `generate` for the others alone, since an ended row would cost as much as they.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -40,27 +40,27 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # One list for each step, with all rows: the row, the text that the step completed, and the
         # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # a row has ended; if `generate` runs one step more, it undoes that
+        self.stopped = False  # told to stop; another step of `generate` would not be in its output
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
-    # `generate` calls these in the model's thread. In each step of transformers 5.23, it calls
-    # `__call__` and then `put`, which takes the text decoded in `__call__`. At its end: `end`.
+    # `generate` calls these in the model's thread: in each step `__call__`, and then `put` (this
+    # is the order of transformers 5.23), which takes the text decoded in `__call__`; last, `end`.
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Give each row its new token to decode, and say whether to stop: shape (rows,)."""
         if not self.stopped:
             for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-                row.add(token)  # sets row.end at its last token: StopIteration, or its error
+                row.add(token)  # sets row.end: StopIteration at its last token, or a decoding error
             running = [] if self.cancelled else self.rows  # if cancelled, keep none
             self.kept = [index for index, row in enumerate(running) if not row.end]
             self.stopped = len(self.kept) < len(self.rows)
         return torch.full((len(self.rows),), self.stopped, device=input_ids.device)
 
     def put(self, value: torch.Tensor) -> None:
-        """Hand over each row's new text and end, on a step's tokens, of shape (rows,)."""
+        """When given a step's tokens, of shape (rows,), hand over each row's new text and end."""
         if value.dim() == 1:  # not on the prompts, which come first
-            self.steps.min_interval = min_interval(len(self.rows))  # more rows: longer chunks
+            self.steps.min_interval = min_interval(len(self.rows))  # more rows: read less often
             self.steps.put([(row, row.take_text(), row.end) for row in self.rows])
 
     def end(self) -> None:
@@ -69,11 +69,11 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
             self.steps.end()
 
     # ModelThread calls `end`, and not generate_text, for a streamer that is `done` before its turn.
-    # If generate_text raises, it calls `fail`. If it hangs, a watchdog calls `fail` and `cancel`.
+    # If generate_text raises, it calls `fail`. If that hangs, it calls `fail` and `cancel`.
 
     @property
     def done(self) -> bool:
-        """Whether it is cancelled, or none of its rows, if any, has a reader."""
+        """Whether it is cancelled, or has no row with a reader."""
         return self.cancelled or all(row.cancelled for row in self.rows)
 
     def fail(self, error: Exception) -> None:
@@ -93,16 +93,16 @@ class Batchbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BatchbotSettings(model=model, **settings))
-        # Shorter prompts are padded on the left, since replies are appended on the right. A reply
-        # must depend neither on padding nor, as with longrope's positions, on a long neighbour.
+        # Shorter prompts are padded on the left, since replies are appended on the right. One long
+        # row of a longrope model changes all rows' positions: batch_context stays below it.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id  # set by Bot
         self.limit_context(padding.batch_context(self.model, self.context))
-        padding.check_padding(self.model)  # raises if this model's replies would change
-        self.cuts_cache = padding.can_cut_cache(self.model)  # else rows are computed again
+        padding.check_padding(self.model)  # raises if padding would change replies
+        self.cuts_cache = padding.can_cut_cache(self.model)  # if not, the others are computed again
         self.engine = ModelThread(self.model, self.generate_text, self.settings)  # one thread
-        # While a batch runs, Serve would form a small one after each batch_wait_timeout_s. So
-        # requests wait for this event, which run_model sets at its end, and then form one.
+        # While a batch runs, Serve would form small ones, one after each batch_wait_timeout_s. So
+        # requests wait for this event, set when a batch ends, and then join Serve's queue together.
         self.model_is_free = asyncio.Event()
         self.model_is_free.set()
 
@@ -114,14 +114,14 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        """Stream the reply. If the model fails: a 500, or after some text a broken-off body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits its first text, if it has any
+        return await TextStream.start(reply)  # waits for the first text; always closes the reply
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation. It queues for a batch when it is first read."""
-        input_ids = await self.encode(messages, options)  # 413 if it and its reply are too long
+        input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
         row = Row(self.tokenizer, input_ids, options, self.end_tokens, self.model.device)
         return Reply(row, self.stream_row(row))
 
@@ -136,7 +136,7 @@ class Batchbot(Bot):
                 if item:
                     yield item
         finally:
-            row.cancelled = row.end is None  # if it has not ended, it does so at its next token
+            row.cancelled = row.end is None  # left out of its batch, or ended at its next token
             self.metrics.waiting.discard(row)
             self.metrics.running.discard(row)
             self.metrics.record_reply(row)
@@ -146,12 +146,12 @@ class Batchbot(Bot):
         """Run a batch. Serve gives each caller the items at its index, until its StopIteration."""
         self.model_is_free.clear()
         try:
-            for part in split_rows(rows, self.context):  # one, if all fit when padded
+            for part in split_rows(rows, self.context):  # one, if padded rows fit the context
                 streamer = RawStreamer([row for row in part if not row.cancelled])
                 self.metrics.waiting.discard(*streamer.rows)
                 self.metrics.running.add(*streamer.rows)
                 try:
-                    self.engine.submit(streamer)  # raises after a hang, until Serve replaces this
+                    self.engine.submit(streamer)  # raises after a hang, as check_health does
                     async for items in self.consume_streamer(rows, streamer):
                         yield items
                 except Exception as error:  # fails only this part
@@ -160,14 +160,14 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model in the engine's thread. Samplers draw the tokens, and mask the others."""
+        """Run the model in the engine's thread. The logits processor draws, and masks all else."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
         while True:
             output = self.model.generate(
                 **inputs,
-                max_new_tokens=self.max_new_tokens,  # at most; row.add ends a row at its own limit
+                max_new_tokens=self.max_new_tokens,  # row.add ends each row at its own, if less
                 logits_processor=[SamplingLogitsProcessor([row.sampler for row in streamer.rows])],
                 streamer=streamer,
                 stopping_criteria=[streamer],
@@ -184,7 +184,7 @@ class Batchbot(Bot):
         self, rows: list[Row], streamer: RawStreamer
     ) -> AsyncGenerator[list[Item]]:
         """Yield a list of texts, one for each row, and then, if rows have ended, one of ends."""
-        async for steps in streamer.steps:  # all steps since the last time
+        async for steps in streamer.steps:  # all steps put since the last read
             texts, ends = dict.fromkeys(rows, ""), dict[Row, Item]()
             for row, text, end in chain.from_iterable(steps):
                 texts[row] += text
@@ -199,4 +199,4 @@ def build(settings: BatchbotSettings) -> serve.Application:
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline

@@ -36,23 +36,23 @@ class Chatbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ChatbotSettings(model=model, **settings))
-        self.free_places = asyncio.Semaphore(MAX_CHATS)  # Serve admits twice as many: see below
-        # Either engine has one thread. If a run or a batch fails, its streamers' readers raise.
+        self.free_places = asyncio.Semaphore(MAX_CHATS)  # Serve admits more, to be refused below
+        # Either engine has one thread. If a reply or its batch fails, reading that reply raises.
         if self.settings.max_batch_size is None:  # the default: one reply at a time, in order
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
-        else:  # one batch, without generate_text: replies join and leave between steps
+        else:  # one batch, without generate_text: replies join and leave at any time
             self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
-            self.limit_context(self.engine.context, self.engine.context_reason)
+            self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
     @api.websocket("/")
     async def handle_request(self, ws: WebSocket, options: ConnectionOptions) -> None:
-        """Reply to a client's prompts until it disconnects. The query has their default options."""
+        """Reply to a client's prompts until it disconnects. The URL's `options` are defaults."""
         connection = ChatConnection(ws, self, options, self.settings.end_of_response)
         await ws.accept(subprotocol=connection.protocol.subprotocol)
         if self.free_places.locked():
             return await connection.refuse("too many chats are open")  # 1013, try again later
-        # On a disconnect, `receive` raises WebSocketDisconnect. The TaskGroup then cancels
-        # `converse`, even in mid-reply. `open` ignores this exception. On others, it closes.
+        # On a disconnect, `receive` raises WebSocketDisconnect, and the TaskGroup then cancels
+        # `converse`, even in mid-reply. `open` swallows that. On another error, it closes.
         async with self.free_places, connection.open(), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.receive(ws, connection))
             await self.converse(connection)
@@ -63,19 +63,19 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues a prompt or its error, or stops those so far
+            await connection.take(message)  # queues a prompt or an error; a stop ends all so far
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
-        async for prompt in connection:
+        async for prompt in connection:  # the iterator itself reports bad messages, in turn
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
-            # On exit, `answer` cancels an unfinished reply, even if unread. Unless the client has
-            # left, it sends the end or the error. After an error, it closes a plain chat.
+            # On exit, `answer` cancels an unfinished reply, even one that was never read. It sends
+            # the end, or the error, after which it closes a plain chat: WebSocketDisconnect.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # until it begins, or a stop cancels it
+                await connection.wait_for_turn(prompt)  # until it starts, fails or is stopped
                 response = ""
-                async for text in reply:  # a stop ends this loop, even one before the reply
+                async for text in reply:  # a stop ends this loop, or keeps it from starting
                     response += text
                     await connection.send_text(text)
                 if response or not prompt.stopped:  # forget a prompt stopped before any text
@@ -83,22 +83,22 @@ class Chatbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # to fit, deletes the oldest `messages`
+        input_ids = await self.encode(messages, options)  # drops the oldest from `messages` to fit
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # TooManyWaiting if 100 wait in this replica
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. A sampler draws each token, masking all others."""
+        """Run the model in the engine's thread. The logits processor draws, and masks all else."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
-            max_new_tokens=streamer.options.max_new_tokens,  # or sooner, at the model's end_tokens
+            past_key_values=streamer.past_key_values,  # of an earlier prompt that begins alike
+            max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
-            stopping_criteria=[streamer],  # true at a stop string (not sent), or if cancelled
+            stopping_criteria=[streamer],  # ends the run at a stop string, or when cancelled
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
@@ -116,4 +116,4 @@ def build(settings: ChatbotSettings) -> serve.Application:
     return settings.bind(Chatbot)
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline

@@ -1,4 +1,4 @@
-"""Streams replies while prompts join their batch. Run it with `serve run continuousbot:app`."""
+"""Streams from a batch that prompts join at any time. Run it with `serve run continuousbot:app`."""
 
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,7 +14,7 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, ContinuousbotSettings
 
-api = create_app("Continuousbot")  # also has OpenAI's routes at /v1, which call start_reply
+api = create_app("Continuousbot")  # with OpenAI's routes at /v1, which call this bot's start_reply
 
 
 @serve.deployment(**QUEUE_OPTIONS)  # 100 requests in a replica, 100 in Serve's queue, then 503s
@@ -27,40 +27,40 @@ class Continuousbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
         # Transformers' ContinuousBatchingManager writes a token per reply and step, in its thread.
-        # Then replies leave, and others join, up to max_batch_size. If the KV cache is full, some
-        # wait. If a step fails, all readers and `submit` raise, until Serve replaces the replica.
+        # Between steps, ended replies leave and queued ones join. If the KV cache is full, even
+        # begun ones may wait. If a step fails, all replies fail, and Serve replaces the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
-        self.limit_context(self.engine.context, self.engine.context_reason)  # what its cache holds
+        self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        """Stream the reply. If the model fails: a 500, or after some text a broken-off body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits its first text, if it has any
+        return await TextStream.start(reply)  # waits for the first text; always closes the reply
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # 413 if it and its reply are too long
+        input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.generate_text(streamer)
         return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads its finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Queue a request with the manager, and return at once.
+        """Queue a prompt with the manager, and return at once.
 
-        In its thread, a sampler draws each token, and the manager ends the request at an end token
-        or `max_new_tokens`. The event loop gets each token, and the streamer decodes it there.
+        In the manager's thread, the reply's own sampler draws its tokens, up to an end token or
+        `max_new_tokens`. The event loop gets each, decodes it, and ends the reply at a stop string.
         """
         self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives. When the client leaves, end its request."""
+        """Yield the reply's text as it arrives. If that ends early, take it off the batch."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:  # also on a disconnect: Serve cancels the request, and TextStream closes this
-            self.engine.cancel(streamer)  # takes it off the batch or the queue, unless it has ended
+        finally:  # at any end: a disconnect cancels the wait for text, or TextStream closes this
+            self.engine.cancel(streamer)  # also off the queue; does nothing after its end
             self.metrics.record_reply(streamer)
 
 
@@ -69,4 +69,4 @@ def build(settings: ContinuousbotSettings) -> serve.Application:
     return settings.bind(Continuousbot)
 
 
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline

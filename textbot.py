@@ -15,7 +15,7 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, BotSettings
 
-api = create_app("Textbot")  # also has OpenAI's routes at /v1, which call start_reply
+api = create_app("Textbot")  # with OpenAI's routes at /v1, which call this bot's start_reply
 
 
 @serve.deployment(**QUEUE_OPTIONS)  # 100 requests in a replica, 100 in Serve's queue, then 503s
@@ -25,44 +25,44 @@ class Textbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BotSettings(model=model, **settings))
-        # One thread calls generate_text for one streamer after another. An exception is raised in
-        # that streamer's reader, and the thread continues. If a watchdog sees it hang, all readers
-        # and `submit` raise, until Serve replaces the replica (Bot.check_health).
+        # One thread calls generate_text for one streamer after another. If generate_text raises,
+        # the streamer's `async for` does, and the thread goes on. If it hangs, a watchdog has every
+        # such loop, `submit` and Bot.check_health raise, and then Serve replaces the replica.
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        """Stream the reply. If the model fails: a 500, or after some text a broken-off body."""
         messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits its first text, if it has any
+        return await TextStream.start(reply)  # waits for the first text; always closes the reply
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # 413 if it and its reply are too long
+        input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
         return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads its finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. A sampler draws each token, masking all others."""
+        """Run the model in the engine's thread. The logits processor draws, and masks all else."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
-            max_new_tokens=streamer.options.max_new_tokens,  # or sooner, at the model's end_tokens
+            past_key_values=streamer.past_key_values,  # of an earlier prompt that begins alike
+            max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
-            stopping_criteria=[streamer],  # true at a stop string (not sent), or if cancelled
+            stopping_criteria=[streamer],  # ends the run at a stop string, or when cancelled
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives. When the client leaves, end its run."""
+        """Yield the reply's text as it arrives. If that ends early, end the model's run, too."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:  # also on a disconnect: Serve cancels the request, and TextStream closes this
+        finally:  # at any end: a disconnect cancels the wait for text, or TextStream closes this
             self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
             self.metrics.record_reply(streamer)
 
@@ -72,4 +72,4 @@ def build(settings: BotSettings) -> serve.Application:
     return settings.bind(Textbot)
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # tiny-dialog: bundled
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline
