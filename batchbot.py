@@ -24,7 +24,7 @@ from streaming_bots.settings import QUEUE_OPTIONS, BatchbotSettings, BatchSettin
 # What run_model yields for a caller: text, "" if there is none yet, an error, or Serve's end mark.
 Item = str | Exception | type[StopIteration]
 
-api = create_app("Batchbot")  # with OpenAI's routes at /v1, which call this bot's start_reply
+api = create_app("Batchbot")  # OpenAI's routes, too: they use the replica's start_reply
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):
@@ -114,10 +114,10 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text a broken-off body."""
-        messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
+        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for the first text; always closes the reply
+        return await TextStream.start(reply)  # waits for text or the end; always closes the reply
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation. It queues for a batch when it is first read."""

@@ -83,7 +83,7 @@ class Chatbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # drops the oldest from `messages` to fit
+        input_ids = await self.encode(messages, options)  # drops old `messages`; raises if too long
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # TooManyWaiting if 100 wait in this replica
         return Reply(streamer, self.consume_streamer(streamer))

@@ -15,7 +15,7 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, BotSettings
 
-api = create_app("Textbot")  # with OpenAI's routes at /v1, which call this bot's start_reply
+api = create_app("Textbot")  # OpenAI's routes, too: they use the replica's start_reply
 
 
 @serve.deployment(**QUEUE_OPTIONS)  # 100 requests in a replica, 100 in Serve's queue, then 503s
@@ -32,17 +32,17 @@ class Textbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text a broken-off body."""
-        messages = [*self.new_conversation(), {"role": "user", "content": request.prompt}]
+        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for the first text; always closes the reply
+        return await TextStream.start(reply)  # waits for text or the end; always closes the reply
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads its finish_reason
+        return Reply(streamer, self.consume_streamer(streamer))  # streamer: for its finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
         """Run the model in the engine's thread. The logits processor draws, and masks all else."""

@@ -15,7 +15,7 @@ from streaming_bots.generation.engine import Engine
 from streaming_bots.generation.reply import ReplyState
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.loaded_model import load_model
-from streaming_bots.models.prompt import Message, encode, new_conversation, token_limits
+from streaming_bots.models.prompt import Message, encode, system_messages, token_limits
 from streaming_bots.operations.drain import Drain
 from streaming_bots.operations.log import traceback_once
 from streaming_bots.operations.metrics import BotMetrics
@@ -78,8 +78,8 @@ class Bot(ABC):
             its.max_new_tokens, its.max_prompt_tokens, tokens
         )
 
-    def new_conversation(self) -> list[Message]:
-        return new_conversation(self.settings.system_prompt)
+    def system_messages(self) -> list[Message]:
+        return system_messages(self.settings.system_prompt)
 
     def prompt_budget(self, max_new_tokens: int) -> int:
         """Return how many tokens a prompt may have beside a reply of `max_new_tokens`."""

@@ -16,7 +16,7 @@ from ray.serve.config import BackpressureConfig
 
 from streaming_bots.access import AccessSettings
 from streaming_bots.models.loaded_model import check_model
-from streaming_bots.models.prompt import encode, new_conversation, token_limits
+from streaming_bots.models.prompt import encode, system_messages, token_limits
 from streaming_bots.models.source import BUNDLED, ModelError
 from streaming_bots.operations.drain import HEALTH_CHECK_PERIOD_S, LONGEST_REPLY_S
 from streaming_bots.operations.machine import cores
@@ -179,7 +179,7 @@ class BotSettings(AccessSettings):
                 raise
             _, tokenizer, context = check_model(given["fallback"])
         reply, prompt = token_limits(self.max_new_tokens, self.max_prompt_tokens, context)
-        shortest = [*new_conversation(self.system_prompt), {"role": "user", "content": "Hi"}]
+        shortest = [*system_messages(self.system_prompt), {"role": "user", "content": "Hi"}]
         try:
             encode(shortest, tokenizer, min(context - reply, prompt))
         except Exception as error:

@@ -270,7 +270,7 @@ def test_a_handshake_with_a_bad_option_is_refused_with_its_name(
 def connection_to(ws: Any) -> ChatConnection:
     """Return a connection without a real bot."""
     drain = SimpleNamespace(begun=asyncio.Event())
-    bot = limits_of(9, 9, new_conversation=list, metrics=Mock(), drain=drain)
+    bot = limits_of(9, 9, system_messages=list, metrics=Mock(), drain=drain)
     return ChatConnection(ws, bot, reply_options(9), "<>")
 
 

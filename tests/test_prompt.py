@@ -11,7 +11,7 @@ from streaming_bots.models.prompt import (
     PromptTooLong,
     UnknownToken,
     encode,
-    new_conversation,
+    system_messages,
     token_limits,
 )
 
@@ -49,7 +49,7 @@ def test_without_a_template_every_turn_ends_with_eos(tokenizer):
 
 def test_a_chat_template_is_used_with_its_generation_prompt(tokenizer):
     tokenizer.chat_template = TEMPLATE
-    turns = [*new_conversation("Be kind"), user("Hi")]
+    turns = [*system_messages("Be kind"), user("Hi")]
     assert tokenizer.decode(encode(turns, tokenizer, 100)) == "[system]Be kind[user]Hi[assistant]"
 
 
@@ -63,7 +63,7 @@ def test_whatever_a_chat_template_raises_is_its_refusal(tokenizer, part):
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "template"])
 def test_the_oldest_exchanges_are_dropped_whole_and_the_system_prompt_stays(tokenizer, template):
     tokenizer.chat_template = template
-    turns = new_conversation("Be kind")
+    turns = system_messages("Be kind")
     for n in range(5):
         turns += [user(f"prompt {n}"), assistant(f"reply {n}")]
     turns.append(user("the last"))
@@ -127,8 +127,8 @@ def test_a_prompt_of_absurd_size_is_refused_before_it_is_tokenized(tokenizer):
 
 
 def test_a_conversation_begins_with_the_system_prompt_if_there_is_one():
-    assert new_conversation(None) == new_conversation("") == []
-    assert new_conversation("Be kind") == [{"role": "system", "content": "Be kind"}]
+    assert system_messages(None) == system_messages("") == []
+    assert system_messages("Be kind") == [{"role": "system", "content": "Be kind"}]
 
 
 def test_the_limit_of_a_reply_leaves_room_for_a_prompt():

@@ -30,7 +30,7 @@ from streaming_bots.models.prompt import (
     Message,
     PromptTooLong,
     encode,
-    new_conversation,
+    system_messages,
     tokenize,
 )
 from streaming_bots.models.source import BUNDLED
@@ -46,7 +46,7 @@ tricky = st.sampled_from(
 texts = st.lists(st.text() | tricky, max_size=4).map("".join)
 conversations = st.builds(
     lambda system_prompt, exchanges, prompt: [
-        *new_conversation(system_prompt),
+        *system_messages(system_prompt),
         *(turn for said, reply in exchanges for turn in (user(said), assistant(reply))),
         user(prompt),
     ],

@@ -53,7 +53,7 @@ class ChatConnection:
         self.options = options
         self.prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()  # None: answer no more
         self.unanswered: list[Prompt] = []
-        self.conversation = bot.new_conversation()  # the part that the model sees
+        self.conversation = bot.system_messages()  # the part that the model sees
         self.spoken = 0  # prompts and replies so far
         self.second, self.received = time.monotonic(), 0  # a second, and the messages in it
 
@@ -192,7 +192,7 @@ class ChatConnection:
         self.unanswered.remove(prompt)
         if isinstance(end, ReplyState):
             self.bot.metrics.count("cancelled" if end.cancelled else "finished")
-            messages = len(self.conversation) - len(self.bot.new_conversation())
+            messages = len(self.conversation) - len(self.bot.system_messages())
             await self.send(self.protocol.done(end, messages, self.spoken))
             return
         if isinstance(end, Refusal):

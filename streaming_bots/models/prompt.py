@@ -22,8 +22,8 @@ MAX_BYTES = 1_000_000  # 250,000 tokens of English
 DEFAULT_PROMPT_TOKENS = 8192  # longer ones may take minutes and gigabytes, so operators decide
 
 
-def new_conversation(system_prompt: str | None) -> list[Message]:
-    """Return a new conversation: only the system prompt, if there is one."""
+def system_messages(system_prompt: str | None) -> list[Message]:
+    """Return the beginning of each conversation: its system prompt, or nothing."""
     return [{"role": "system", "content": system_prompt}] if system_prompt else []
 
 

@@ -78,7 +78,7 @@ async def create_completion(
     bot = current_bot()
     if request.model is not None:
         check_model(request.model, bot)
-    conversation = request.conversation(bot.new_conversation())
+    conversation = request.conversation(bot.system_messages())
     completion = Completion(bot.model_name, await bot.start_reply(conversation, request))
     if request.stream:
         return await EventStream.start(
