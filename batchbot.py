@@ -32,7 +32,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
 
     The streamers of transformers take no more than one row. Pass this one to `generate` both as
     `streamer` and in `stopping_criteria`: it stops `generate` as soon as one row has ended. The
-    bot then calls `generate` for the others alone, since an ended row would cost as much as they.
+    bot then calls `generate` for the others alone, since an ended row costs as much as any.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -40,7 +40,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # One list for each step, with all rows: the row, the text that the step completed, and the
         # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # told to stop; another step of `generate` would not be in its output
+        self.stopped = False  # if `generate` runs a step after this, its output leaves that out
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
@@ -60,7 +60,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
     def put(self, value: torch.Tensor) -> None:
         """When given a step's tokens, of shape (rows,), hand over each row's new text and end."""
         if value.dim() == 1:  # not on the prompts, which come first
-            self.steps.min_interval = min_interval(len(self.rows))  # more rows: read less often
+            self.steps.min_interval = min_interval(len(self.rows))  # more rows cost more per list
             self.steps.put([(row, row.take_text(), row.end) for row in self.rows])
 
     def end(self) -> None:
@@ -93,13 +93,13 @@ class Batchbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BatchbotSettings(model=model, **settings))
-        # Shorter prompts are padded on the left, since replies are appended on the right. One long
-        # row of a longrope model changes all rows' positions: batch_context stays below it.
+        # Shorter prompts are padded on the left, since replies are appended on the right. At some
+        # length, a longrope model changes the positions of all rows: batch_context is below it.
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token_id = self.model.generation_config.pad_token_id  # set by Bot
         self.limit_context(padding.batch_context(self.model, self.context))
         padding.check_padding(self.model)  # raises if padding would change replies
-        self.cuts_cache = padding.can_cut_cache(self.model)  # if not, the others are computed again
+        self.cuts_cache = padding.can_cut_cache(self.model)  # else, a cut one is computed again
         self.engine = ModelThread(self.model, self.generate_text, self.settings)  # one thread
         # While a batch runs, Serve would form small ones, one after each batch_wait_timeout_s. So
         # requests wait for this event, set when a batch ends, and then join Serve's queue together.
@@ -143,7 +143,7 @@ class Batchbot(Bot):
 
     @serve.batch()  # reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
-        """Run a batch. Serve gives each caller the items at its index, until its StopIteration."""
+        """Run a batch. Serve gives callers the items at their index, until they end or leave."""
         self.model_is_free.clear()
         try:
             for part in split_rows(rows, self.context):  # one, if padded rows fit the context
@@ -160,14 +160,14 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model in the engine's thread. The logits processor draws, and masks all else."""
+        """Run the model in its thread. The logits processor draws tokens, and masks all others."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
         while True:
             output = self.model.generate(
                 **inputs,
-                max_new_tokens=self.max_new_tokens,  # row.add ends each row at its own, if less
+                max_new_tokens=self.max_new_tokens,  # row.add ends each row at its own limit
                 logits_processor=[SamplingLogitsProcessor([row.sampler for row in streamer.rows])],
                 streamer=streamer,
                 stopping_criteria=[streamer],
@@ -199,4 +199,4 @@ def build(settings: BatchbotSettings) -> serve.Application:
     return settings.bind(Batchbot)
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline

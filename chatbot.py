@@ -40,7 +40,7 @@ class Chatbot(Bot):
         # Either engine has one thread. If a reply or its batch fails, reading that reply raises.
         if self.settings.max_batch_size is None:  # the default: one reply at a time, in order
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
-        else:  # one batch, without generate_text: replies join and leave at any time
+        else:  # one batch, with its own loop in place of generate_text
             self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
             self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
@@ -52,7 +52,7 @@ class Chatbot(Bot):
         if self.free_places.locked():
             return await connection.refuse("too many chats are open")  # 1013, try again later
         # On a disconnect, `receive` raises WebSocketDisconnect, and the TaskGroup then cancels
-        # `converse`, even in mid-reply. `open` swallows that. On another error, it closes.
+        # `converse`, even in mid-reply. `open` ignores that. On an error, it closes the socket.
         async with self.free_places, connection.open(), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.receive(ws, connection))
             await self.converse(connection)
@@ -63,14 +63,14 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues a prompt or an error; a stop ends all so far
+            await connection.take(message)  # queues it, or, if it is a stop, ends those before it
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
         async for prompt in connection:  # the iterator itself reports bad messages, in turn
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
             # On exit, `answer` cancels an unfinished reply, even one that was never read. It sends
-            # the end, or the error, after which it closes a plain chat: WebSocketDisconnect.
+            # its end, or its error, after which it closes a plain chat and raises a disconnect.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
                 await connection.wait_for_turn(prompt)  # until it starts, fails or is stopped
@@ -83,18 +83,18 @@ class Chatbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # drops old `messages`; raises if too long
+        input_ids = await self.encode(messages, options)  # deletes the oldest of `messages` to fit
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # TooManyWaiting if 100 wait in this replica
         return Reply(streamer, self.consume_streamer(streamer))
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. The logits processor draws, and masks all else."""
+        """Run the model in its thread. The logits processor draws a token, and masks all others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # of an earlier prompt that begins alike
+            past_key_values=streamer.past_key_values,  # ModelThread sets it: of an equal beginning
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
@@ -116,4 +116,4 @@ def build(settings: ChatbotSettings) -> serve.Application:
     return settings.bind(Chatbot)
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline

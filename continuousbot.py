@@ -50,17 +50,17 @@ class Continuousbot(Bot):
         """Queue a prompt with the manager, and return at once.
 
         In the manager's thread, the reply's own sampler draws its tokens, up to an end token or
-        `max_new_tokens`. The event loop gets each, decodes it, and ends the reply at a stop string.
+        `max_new_tokens`. On the event loop, the streamer decodes each, and ends at a stop string.
         """
         self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives. If that ends early, take it off the batch."""
+        """Yield the reply's text as it arrives, and then free its place in the batch or queue."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:  # at any end: a disconnect cancels the wait for text, or TextStream closes this
-            self.engine.cancel(streamer)  # also off the queue; does nothing after its end
+        finally:  # at any end. On a disconnect, the wait is cancelled, or TextStream closes this
+            self.engine.cancel(streamer)  # the manager drops it, if it has not ended there
             self.metrics.record_reply(streamer)
 
 
@@ -69,4 +69,4 @@ def build(settings: ContinuousbotSettings) -> serve.Application:
     return settings.bind(Continuousbot)
 
 
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline

@@ -45,12 +45,12 @@ class Textbot(Bot):
         return Reply(streamer, self.consume_streamer(streamer))  # streamer: for its finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in the engine's thread. The logits processor draws, and masks all else."""
+        """Run the model in its thread. The logits processor draws a token, and masks all others."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # of an earlier prompt that begins alike
+            past_key_values=streamer.past_key_values,  # ModelThread sets it: of an equal beginning
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
@@ -62,7 +62,7 @@ class Textbot(Bot):
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:  # at any end: a disconnect cancels the wait for text, or TextStream closes this
+        finally:  # at any end. On a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
             self.metrics.record_reply(streamer)
 
@@ -72,4 +72,4 @@ def build(settings: BotSettings) -> serve.Application:
     return settings.bind(Textbot)
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # used when offline
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline
