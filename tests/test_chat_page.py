@@ -324,6 +324,20 @@ def test_the_page_works_with_a_keyboard_alone(page, chatbot, loaded):
     expect(page.get_by_role("log")).to_be_focused()  # so that the arrow keys scroll it
 
 
+def test_a_message_written_during_a_reply_waits_in_the_input(page, chatbot, loaded):
+    chatbot.gate.hold_after(2)
+    visit(page, chatbot)
+    say(page, STORY)
+    chatbot.gate.wait("step", 3)
+    page.get_by_label("Your message").fill("Hello!")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_have_text("still replying: send it afterwards")
+    chatbot.gate.release()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    expect(page.locator(".mine")).to_have_text(STORY)
+    expect(page.get_by_label("Your message")).to_have_value("Hello!")
+
+
 def test_a_blank_message_is_not_sent_and_one_that_is_too_long_is_answered(page, chatbot, loaded):
     visit(page, chatbot)
     page.keyboard.type("  ")

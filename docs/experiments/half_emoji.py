@@ -11,7 +11,7 @@ REPLY = "A 🐢 says 你好!"
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
     tokens = tokenizer(REPLY)["input_ids"]
-    print("The turtle's tokens:", tokenizer("🐢")["input_ids"])
+    print("The turtle's token ids:", tokenizer("🐢")["input_ids"])
     print("each token by itself:", "".join(tokenizer.decode(token) for token in tokens))
     decoder = TextDecoder(tokenizer)
     pieces = [decoder.step(token) for token in tokens]
