@@ -24,7 +24,7 @@ from streaming_bots.settings import QUEUE_OPTIONS, BatchbotSettings, BatchSettin
 # What run_model yields for a caller: text, "" if there is none yet, an error, or Serve's end mark.
 Item = str | Exception | type[StopIteration]
 
-api = create_app("Batchbot")  # OpenAI's routes, too: they use the replica's start_reply
+api = create_app("Batchbot")  # also adds OpenAI's routes, which call the replica's start_reply
 
 
 class RawStreamer(BaseStreamer, StoppingCriteria):

@@ -63,7 +63,7 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues it, or, if it is a stop, ends those before it
+            await connection.take(message)  # queues it, or, if it is a stop, stops those before it
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""

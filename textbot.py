@@ -15,7 +15,7 @@ from streaming_bots.http.prompt_route import PROMPT_ROUTE, PromptRequest
 from streaming_bots.http.response import TextStream
 from streaming_bots.settings import QUEUE_OPTIONS, BotSettings
 
-api = create_app("Textbot")  # OpenAI's routes, too: they use the replica's start_reply
+api = create_app("Textbot")  # also adds OpenAI's routes, which call the replica's start_reply
 
 
 @serve.deployment(**QUEUE_OPTIONS)  # 100 requests in a replica, 100 in Serve's queue, then 503s
@@ -42,7 +42,7 @@ class Textbot(Bot):
         input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # streamer: for its finish_reason
+        return Reply(streamer, self.consume_streamer(streamer))  # /v1: streamer.finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
         """Run the model in its thread. The logits processor draws a token, and masks all others."""
