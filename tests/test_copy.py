@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.cluster
 GUIDE = (REPOSITORY / "docs" / "copy.md").read_text()
 COMMANDS = [command for command in commands(GUIDE) if not command.line.startswith("serve run ")]
 RUNS = [command.line for command in commands(GUIDE) if command.line.startswith("serve run ")]
-PREPARE, (ASK, *ASK_CHANGED), TEST = COMMANDS[:7], COMMANDS[7:11], COMMANDS[11:]
+PREPARE, (ASK, *ASK_CHANGED) = COMMANDS[:7], COMMANDS[7:11]
+TEST, PACKAGE = COMMANDS[11:13], COMMANDS[13:]
 INSTALL = PREPARE[-1]
 
 
@@ -78,4 +80,9 @@ def test_the_copied_bot_runs_and_can_be_changed_as_the_guide_shows(service):
             check_output(command, service)
     (test,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (service / "test_helpbot.py").write_text(test)
-    assert "4 passed" in run(TEST, service, service / ".venv" / "bin")
+    programs = service / ".venv" / "bin"
+    assert "4 passed" in run(TEST, service, programs)
+    (project,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    (service / "pyproject.toml").write_text(project)
+    assert version("ray-serve-streaming-bots") in project
+    assert "Successfully installed helpdesk" in run(PACKAGE, service, programs, PIP_NO_DEPS="1")
