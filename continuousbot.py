@@ -26,9 +26,13 @@ class Continuousbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(ContinuousbotSettings(model=model, **settings))
-        # Transformers' ContinuousBatchingManager writes a token per reply and step, in its thread.
-        # Between steps, ended replies leave and queued ones join. If the KV cache is full, even
-        # begun ones may wait. If a step fails, all replies fail, and Serve replaces the replica.
+        # The thread of transformers' ContinuousBatchingManager writes a token per reply and step,
+        # drawn by the reply's own sampler, up to an end token or max_new_tokens. Between steps,
+        # ended replies leave and queued ones join. If the KV cache is full, even begun ones may
+        # wait. Each token goes to the event loop (call_soon_threadsafe). There, the reply's
+        # streamer decodes it, and at a stop string, the engine cancels the reply at the manager.
+        # If a step fails, each reply's `async for` raises, and so do `submit` and Bot.check_health,
+        # until Serve has replaced the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
@@ -42,17 +46,10 @@ class Continuousbot(Bot):
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
+        # The engine reads the ids and the options. End tokens only tell the finish_reason here.
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
-        self.generate_text(streamer)
+        self.engine.submit(streamer)  # queues it with the manager, and returns at once
         return Reply(streamer, self.consume_streamer(streamer))  # /v1: streamer.finish_reason
-
-    def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Queue a prompt with the manager, and return at once.
-
-        In the manager's thread, the reply's own sampler draws its tokens, up to an end token or
-        `max_new_tokens`. On the event loop, the streamer decodes each, and ends at a stop string.
-        """
-        self.engine.submit(streamer)
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         """Yield the reply's text as it arrives, and then free its place in the batch or queue."""
