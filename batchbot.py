@@ -117,7 +117,7 @@ class Batchbot(Bot):
         """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
         messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for text or the end; always closes the reply
+        return await TextStream.start(reply)  # awaits text or the end at once; closes it at any end
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Return the reply to a conversation. It queues for a batch when it is first read."""

@@ -28,11 +28,11 @@ class Continuousbot(Bot):
         super().__init__(ContinuousbotSettings(model=model, **settings))
         # The thread of transformers' ContinuousBatchingManager writes a token per reply and step,
         # drawn by the reply's own sampler, up to an end token or max_new_tokens. Between steps,
-        # ended replies leave and queued ones join. If the KV cache is full, even begun ones may
-        # wait. Each token goes to the event loop (call_soon_threadsafe). There, the reply's
-        # streamer decodes it, and at a stop string, the engine cancels the reply at the manager.
-        # If a step fails, each reply's `async for` raises, and so do `submit` and Bot.check_health,
-        # until Serve has replaced the replica.
+        # ended replies leave, and queued ones join up to max_batch_size. If the KV cache is full,
+        # even begun ones may wait. Each token goes to the event loop (call_soon_threadsafe). There,
+        # the reply's streamer decodes it, and at a stop string, the engine cancels the reply at the
+        # manager. If a step fails, each reply's `async for` raises, and so do `submit` and
+        # Bot.check_health, until Serve has replaced the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
@@ -41,18 +41,18 @@ class Continuousbot(Bot):
         """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
         messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for text or the end; always closes the reply
+        return await TextStream.start(reply)  # awaits text or the end at once; closes it at any end
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Add a conversation to the batch, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
-        # The engine reads the ids and the options. End tokens only tell the finish_reason here.
+        # It carries the ids and options to the engine; its end tokens only tell a finish_reason.
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # queues it with the manager, and returns at once
-        return Reply(streamer, self.consume_streamer(streamer))  # /v1: streamer.finish_reason
+        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads streamer.finish_reason
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
-        """Yield the reply's text as it arrives, and then free its place in the batch or queue."""
+        """Yield the reply's text as it arrives. If reading ends first, free the reply's place."""
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers

@@ -35,14 +35,14 @@ class Textbot(Bot):
         """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
         messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
         reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # waits for text or the end; always closes the reply
+        return await TextStream.start(reply)  # awaits text or the end at once; closes it at any end
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
         input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # /v1: streamer.finish_reason
+        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads streamer.finish_reason
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
         """Run the model in its thread. The logits processor draws a token, and masks all others."""
