@@ -63,14 +63,14 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues it, or, if it is a stop, stops those before it
+            await connection.take(message)  # queues it; or, if it is a stop, stops all those queued
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
-        async for prompt in connection:  # the iterator itself reports bad messages, in turn
+        async for prompt in connection:  # it answers bad and stopped ones itself, in turn
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
-            # On exit, `answer` cancels an unfinished reply, even one that was never read. It sends
-            # its end, or its error, after which it closes a plain chat and raises a disconnect.
+            # On exit, `answer` calls engine.cancel, even for a reply that was never read. It sends
+            # the end, or the error, after which it closes a plain chat and raises a disconnect.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
                 await connection.wait_for_turn(prompt)  # until it starts, fails or is stopped
@@ -83,7 +83,7 @@ class Chatbot(Bot):
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
         """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # deletes the oldest of `messages` to fit
+        input_ids = await self.encode(messages, options)  # deletes the oldest `messages`, or raises
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # TooManyWaiting if 100 wait in this replica
         return Reply(streamer, self.consume_streamer(streamer))
@@ -94,7 +94,7 @@ class Chatbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread sets it: of an equal beginning
+            past_key_values=streamer.past_key_values,  # ModelThread sets it, by the known beginning
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
