@@ -63,17 +63,17 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues it; or, if it is a stop, stops all those queued
+            await connection.take(message)  # queues a prompt; a stop ends the reply and all queued
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
         async for prompt in connection:  # it answers bad and stopped ones itself, in turn
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
             # On exit, `answer` calls engine.cancel, even for a reply that was never read. It sends
-            # the end, or the error, after which it closes a plain chat and raises a disconnect.
+            # the end or the error. After an error, it closes a plain chat by a WebSocketDisconnect.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # until it starts, fails or is stopped
+                await connection.wait_for_turn(prompt)  # until the reply starts, or will not
                 response = ""
                 async for text in reply:  # a stop ends this loop, or keeps it from starting
                     response += text
