@@ -94,7 +94,7 @@ class Chatbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread sets it, by the known beginning
+            past_key_values=streamer.past_key_values,  # set by ModelThread: what it read before
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe

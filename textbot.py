@@ -26,8 +26,8 @@ class Textbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BotSettings(model=model, **settings))
         # One thread calls generate_text for one streamer after another. If generate_text raises,
-        # the streamer's `async for` does, and the thread goes on. If it hangs, a watchdog has every
-        # such loop, `submit` and Bot.check_health raise, and then Serve replaces the replica.
+        # the streamer's `async for` does, and the thread goes on. If it hangs, a watchdog makes
+        # every such loop, `submit` and Bot.check_health raise, and Serve replaces the replica.
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
@@ -50,7 +50,7 @@ class Textbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread sets it, by the known beginning
+            past_key_values=streamer.past_key_values,  # set by ModelThread: what it read before
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
