@@ -114,6 +114,12 @@ class SoakBot:
         """Called in the model's thread."""
         raise NotImplementedError
 
+    def begin_generation(self) -> int:
+        """Count a generation. Return in which step it fails, or 0 if it shall not."""
+        self.generations += 1
+        fails = next(self.numbers) % FAIL_EVERY == 0
+        return self.random.randint(1, FAIL_WITHIN) if fails else 0
+
     async def report(self) -> Report:
         """Wait until all requests have ended and the model is idle; report, and start over."""
         own = asyncio.current_task()
@@ -172,9 +178,7 @@ class SoakModelThread(SoakBot):
     steps_to_failure = 0
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        self.generations += 1
-        fails = next(self.numbers) % FAIL_EVERY == 0
-        self.steps_to_failure = self.random.randint(1, FAIL_WITHIN) if fails else 0
+        self.steps_to_failure = self.begin_generation()
         self.tell_begun([streamer])
         time.sleep(PREFILL_S)
         super().generate_text(streamer)
@@ -229,10 +233,9 @@ class SoakBatchbot(SoakModelThread, Batchbot.func_or_class):
 class SoakContinuousBatch(SoakBot):
     def note(self, streamer: Any) -> None:
         """Make one reply fail. A failed step would fail all replies and the replica."""
-        self.generations += 1
         super().note(streamer)
-        if next(self.numbers) % FAIL_EVERY == 0:
-            self.fail_after(self.random.randint(1, FAIL_WITHIN), streamer)
+        if tokens := self.begin_generation():
+            self.fail_after(tokens, streamer)
 
     def fail_after(self, tokens: int, streamer: ReplyStreamer) -> None:
         add = streamer.add
