@@ -526,6 +526,76 @@ def test_a_common_beginning_of_prompts_is_computed_once(loaded):
     assert sum(computed) - first < 2 * first  # for three prompts
 
 
+def test_a_request_reads_only_its_own_keys_and_values(loaded, monkeypatch):
+    attend, lengths = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attend_and_note(query, key, *arguments, **options) -> torch.Tensor:
+        lengths.append(key.shape[-2])
+        return attend(query, key, *arguments, **options)
+
+    conversations = [[prompt] for prompt in PROMPTS]
+    expected = [reference(loaded, turns, 8) for turns in conversations]
+    manager = kv_cache.start_manager(loaded.model, context=512, rows=4, shares_prefixes=False)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_and_note)
+    assert replies_of(manager, loaded, conversations, 8) == expected
+    manager.stop(hard_stop=True)
+    longest = max(len(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert longest < max(lengths) <= longest + 1 + 8  # with the end of a turn, and the reply
+
+
+def ids_of_pages(first: int, pages: int) -> list[int]:
+    """Return a prompt that fills `pages` pages of the KV cache, and begins unlike others."""
+    return [7 + (first + place) % 2000 for place in range(pages * kv_cache.PAGE_SIZE)]
+
+
+@pytest.mark.parametrize(
+    ("pages", "beginnings", "expected"),
+    [
+        (3, [0, 100, 200, 100, 0], [0, 0, 0, 3, 1]),  # the oldest leaves first, its end before all
+        (4, [0, 100, 0, 100], [0, 0, 3, 3]),  # a known prompt needs one more page, not five
+    ],
+)
+def test_ended_replies_leave_the_cache_page_by_page(loaded, pages, beginnings, expected):
+    """The cache has ten pages, of which two stay free."""
+
+    async def test() -> list[int]:
+        batch = new_batch(loaded.model, loaded.context, 2, 10 * kv_cache.PAGE_SIZE)
+        cached = []
+        for first in beginnings:
+            streamer = new_streamer(loaded.tokenizer, (), [*ids_of_pages(first, pages), 5], 2)
+            batch.submit(streamer)
+            await streamer.text.ended.wait()
+            cached.append(streamer.cached_tokens // kv_cache.PAGE_SIZE)
+        batch.manager.stop(hard_stop=True)
+        return cached
+
+    with asyncio.Runner() as runner:
+        assert runner.run(test()) == expected
+
+
+def test_pages_with_which_a_waiting_prompt_begins_leave_the_cache_last(loaded):
+    """Two prompts wait for the only place, and the second begins with the oldest pages."""
+
+    async def test() -> list[int]:
+        batch = new_batch(loaded.model, loaded.context, 1, 10 * kv_cache.PAGE_SIZE)
+        cached = []
+
+        async def ask(first: int) -> None:
+            streamer = new_streamer(loaded.tokenizer, (), [*ids_of_pages(first, 3), 5], 2)
+            batch.submit(streamer)
+            await streamer.text.ended.wait()
+            cached.append(streamer.cached_tokens // kv_cache.PAGE_SIZE)
+
+        await ask(0)
+        await ask(100)
+        await asyncio.gather(ask(200), ask(0))
+        batch.manager.stop(hard_stop=True)
+        return cached
+
+    with asyncio.Runner() as runner:
+        assert runner.run(test()) == [0, 0, 0, 3]
+
+
 asked = st.tuples(
     st.sampled_from(PROMPTS),
     st.sampled_from([4, 60]),  # tokens of the reply

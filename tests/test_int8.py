@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from batchbot import Batchbot
 from chatbot import Chatbot
 from continuousbot import Continuousbot
+from streaming_bots.generation.kv_cache import start_manager
+from streaming_bots.generation.padding import check_padding
 from streaming_bots.models import int8
-from streaming_bots.models.int8 import Int8Linear, input_levels
+from streaming_bots.models.int8 import Int8Linear, input_levels, precise
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.source import BUNDLED, ModelError
 from streaming_bots.settings import (
@@ -52,7 +54,7 @@ def perplexity(loaded: LoadedModel, input_ids: torch.Tensor) -> torch.Tensor:
     return losses.mean(1).exp()
 
 
-@pytest.mark.parametrize("levels", [127, 63])
+@pytest.mark.parametrize("levels", sorted({input_levels(), 63}))  # a processor may overflow at 127
 def test_a_layer_gives_nearly_what_its_weights_of_32_bits_give(levels):
     torch.manual_seed(0)
     weight, bias, hidden = torch.randn(48, 64), torch.randn(48), torch.randn(2, 5, 64)
@@ -73,6 +75,33 @@ def test_a_token_of_zeros_gives_the_bias():
 def test_a_broken_token_stays_broken():
     layer = Int8Linear(torch.randn(4, 8), None, torch.ones(8), 127)
     assert layer(torch.full((1, 8), torch.nan)).isnan().all()
+
+
+def test_a_layer_can_multiply_what_it_rounds_away_of_its_inputs():
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(48, 64), torch.randn(2, 5, 64)
+    hidden[0, 0] = 0
+    layer = Int8Linear(weight, None, torch.ones(64), input_levels())
+    expected = nn.functional.linear(hidden, layer.packed.unpack()[0].dequantize())
+    with precise(layer):
+        assert torch.allclose(layer(hidden), expected, atol=1e-4)
+    assert not torch.allclose(layer(hidden), expected, atol=1e-2)
+
+
+def test_rounding_is_not_taken_for_an_influence_of_the_padding(monkeypatch, tmp_path):
+    """Attention that differs by 5e-5 makes one input in a hundred round to another level."""
+    attend, noise = nn.functional.scaled_dot_product_attention, torch.Generator().manual_seed(0)
+
+    def attend_noisily(*arguments, **options) -> torch.Tensor:
+        output = attend(*arguments, **options)
+        return output * (1 + 5e-5 * torch.randn(output.shape, generator=noise))
+
+    monkeypatch.setattr(int8, "input_levels", lambda: 31)
+    save_random_model(LLAMA, tmp_path, context=512)
+    model = load_model(str(tmp_path), "int8").model
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend_noisily)
+    check_padding(model)
+    start_manager(model, context=64, rows=2).stop(hard_stop=True)
 
 
 def test_a_processor_whose_sums_overflow_gets_smaller_inputs(monkeypatch):

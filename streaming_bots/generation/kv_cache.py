@@ -2,24 +2,29 @@
 
 import threading
 from bisect import bisect_left
-from collections import deque
 from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
-from transformers import ContinuousBatchingConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    ContinuousBatchingConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from transformers.generation.continuous_batching.utils import (
     find_head_dim,
     find_num_key_value_heads,
 )
 
+from streaming_bots.generation.attention import attend_by_request
 from streaming_bots.generation.padding import (
     LENGTH,
     STEPS,
@@ -29,6 +34,8 @@ from streaming_bots.generation.padding import (
     prompt_of,
 )
 from streaming_bots.generation.sampling import Sampler, SamplingLogitsProcessor
+from streaming_bots.generation.scheduler import RoomScheduler
+from streaming_bots.models.int8 import precise
 from streaming_bots.operations.machine import free_memory, in_a_thread
 
 TOKENS_PER_ROW = 256  # of the KV cache, if all rows are taken
@@ -57,6 +64,8 @@ def start_manager(
     alone = {length: in_a_thread(logits_of_reply, model, length) for length in lengths}
     SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
     on_gpu = model.device.type == "cuda"
+    if model.device.type == "cpu":
+        AttentionInterface.register("sdpa", attend_by_request)  # elsewhere, it does what it did
     config = ContinuousBatchingConfig(
         scheduler_type=RoomScheduler.name,
         page_size=PAGE_SIZE,
@@ -94,7 +103,8 @@ def start_manager(
         try:
             manager.warmup()  # allocates the cache
             manager.start()
-            try_out(manager, model, alone)
+            with precise(model):
+                try_out(manager, model, alone)
         except Exception as problem:
             problems.append(problem)
 
@@ -164,58 +174,6 @@ def bytes_per_token(model: PreTrainedModel, rows: int) -> int:
     width = find_num_key_value_heads(config) * find_head_dim(config)
     numbers = 2 * config.num_hidden_layers * width + rows + PROMPT_TOKENS_PER_STEP
     return numbers * model.dtype.itemsize
-
-
-class RoomScheduler(FIFOScheduler):
-    """Admits requests again after others are cancelled, and admits no request before its turn.
-
-    When the cache is full, the manager removes requests from the batch, and admits none until a
-    reply ends. If all running ones are cancelled first, no reply ever ends. The manager also skips
-    a request that does not fit, and sends a removed one to the end of the line. A long prompt
-    would then wait as long as short ones arrive.
-    """
-
-    name = "room"
-
-    def reset(self) -> None:
-        super().reset()
-        self.cached_tokens: dict[str, int] = {}  # of prompts, by request; the engine drops them
-
-    def _infer_request_tokens(self, state: RequestState, admitted: set[str]) -> list[int]:
-        known = state.position_offset
-        tokens: list[int] = super()._infer_request_tokens(state, admitted)
-        if state.position_offset > known:
-            self.cached_tokens[state.request_id] = state.position_offset - known
-        return tokens
-
-    def add_waiting_request(self, state: RequestState) -> None:
-        super().add_waiting_request(state)
-        waiting: deque[str] = self.waiting_requests_order  # type: ignore[has-type]
-        self.waiting_requests_order = deque(sorted(waiting))  # by arrival
-
-    def _get_waiting_candidates(self) -> list[RequestState]:
-        candidates: list[RequestState] = super()._get_waiting_candidates()
-        if not candidates or self._fits(candidates[0]):
-            return candidates
-        self.cache.evict_cached_blocks()  # of replies that have ended
-        self.cache.pool.try_to_free_sectors()
-        # The requests behind it wait, too. If nothing runs, it is admitted anyway.
-        return [] if self.active_requests and not self._fits(candidates[0]) else candidates
-
-    def _fits(self, state: RequestState) -> bool:
-        """Whether the cache has room for the whole prompt now."""
-        tokens = len(state.remaining_prefill_tokens)
-        fits: bool = self.cache.can_store_request_tokens(state, tokens, dry_run=True)
-        return fits
-
-    def clear_cancelled_requests(self) -> list[RequestState]:
-        active = len(self.active_requests)
-        cancelled: list[RequestState] = super().clear_cancelled_requests()
-        if len(self.active_requests) < active:
-            self.block_new_requests = False
-        for state in cancelled:  # it may have been admitted after the engine dropped it
-            self.cached_tokens.pop(state.request_id, None)
-        return cancelled
 
 
 class RequestsLogitsProcessor(ContinuousBatchingLogitsProcessor):
