@@ -63,19 +63,19 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues a prompt; a stop ends the reply and all queued
+            await connection.take(message)  # queues up to 100 prompts; a stop ends them all
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
-        async for prompt in connection:  # it answers bad and stopped ones itself, in turn
+        async for prompt in connection:  # in order; it answers bad and stopped ones itself
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
             # On exit, `answer` calls engine.cancel, even for a reply that was never read. It sends
-            # the end or the error. After an error, it closes a plain chat by a WebSocketDisconnect.
+            # the end or the error. A plain client gets an error as a close code: its chat ends.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # until the reply starts, or will not
+                await connection.wait_for_turn(prompt)  # until the reply starts or is stopped
                 response = ""
-                async for text in reply:  # a stop ends this loop, or keeps it from starting
+                async for text in reply:  # a stop ends this loop, even before its start
                     response += text
                     await connection.send_text(text)
                 if response or not prompt.stopped:  # forget a prompt stopped before any text
@@ -94,7 +94,7 @@ class Chatbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # set by ModelThread: what it read before
+            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe

@@ -30,9 +30,10 @@ class Continuousbot(Bot):
         # drawn by the reply's own sampler, up to an end token or max_new_tokens. Between steps,
         # ended replies leave, and queued ones join up to max_batch_size. If the KV cache is full,
         # even begun ones may wait. Each token goes to the event loop (call_soon_threadsafe). There,
-        # the reply's streamer decodes it, and at a stop string, the engine cancels the reply at the
-        # manager. If a step fails, each reply's `async for` raises, and so do `submit` and
-        # Bot.check_health, until Serve has replaced the replica.
+        # the reply's streamer decodes it. The last token or a stop string ends its `async for`; at
+        # a stop string, the engine also cancels the reply at the manager. If a step fails, each
+        # `async for` raises, and so do `submit` and Bot.check_health, until Serve has replaced the
+        # replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 

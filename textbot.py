@@ -50,7 +50,7 @@ class Textbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # set by ModelThread: what it read before
+            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
             max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
             streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe

@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 
 class RoomScheduler(FIFOScheduler):
-    """Admits requests again after others are cancelled, and admits no request before its turn.
+    """Admits requests in their order, and keeps the pages of ended replies while there is room.
 
     When the cache is full, the manager removes requests from the batch, and admits none until a
     reply ends. If all running ones are cancelled first, no reply ever ends. The manager also skips
