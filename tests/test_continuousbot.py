@@ -543,9 +543,16 @@ def test_a_request_reads_only_its_own_keys_and_values(loaded, monkeypatch):
     assert longest < max(lengths) <= longest + 1 + 8  # with the end of a turn, and the reply
 
 
-def ids_of_pages(first: int, pages: int) -> list[int]:
-    """Return a prompt that fills `pages` pages of the KV cache, and begins unlike others."""
-    return [7 + (first + place) % 2000 for place in range(pages * kv_cache.PAGE_SIZE)]
+async def known_pages(batch: ContinuousBatch, loaded: LoadedModel, first: int, pages: int) -> int:
+    """Ask with a prompt of `pages` pages and a token. Return how many of them were cached.
+
+    Prompts with another `first` begin otherwise.
+    """
+    ids = [7 + (first + place) % 2000 for place in range(pages * kv_cache.PAGE_SIZE)]
+    streamer = new_streamer(loaded.tokenizer, (), [*ids, 5], 2)
+    batch.submit(streamer)
+    await streamer.text.ended.wait()
+    return streamer.cached_tokens // kv_cache.PAGE_SIZE
 
 
 @pytest.mark.parametrize(
@@ -560,12 +567,7 @@ def test_ended_replies_leave_the_cache_page_by_page(loaded, pages, beginnings, e
 
     async def test() -> list[int]:
         batch = new_batch(loaded.model, loaded.context, 2, 10 * kv_cache.PAGE_SIZE)
-        cached = []
-        for first in beginnings:
-            streamer = new_streamer(loaded.tokenizer, (), [*ids_of_pages(first, pages), 5], 2)
-            batch.submit(streamer)
-            await streamer.text.ended.wait()
-            cached.append(streamer.cached_tokens // kv_cache.PAGE_SIZE)
+        cached = [await known_pages(batch, loaded, first, pages) for first in beginnings]
         batch.manager.stop(hard_stop=True)
         return cached
 
@@ -578,17 +580,10 @@ def test_pages_with_which_a_waiting_prompt_begins_leave_the_cache_last(loaded):
 
     async def test() -> list[int]:
         batch = new_batch(loaded.model, loaded.context, 1, 10 * kv_cache.PAGE_SIZE)
-        cached = []
-
-        async def ask(first: int) -> None:
-            streamer = new_streamer(loaded.tokenizer, (), [*ids_of_pages(first, 3), 5], 2)
-            batch.submit(streamer)
-            await streamer.text.ended.wait()
-            cached.append(streamer.cached_tokens // kv_cache.PAGE_SIZE)
-
-        await ask(0)
-        await ask(100)
-        await asyncio.gather(ask(200), ask(0))
+        cached = [await known_pages(batch, loaded, first, 3) for first in (0, 100)]
+        cached += await asyncio.gather(
+            *(known_pages(batch, loaded, first, 3) for first in (200, 0))
+        )
         batch.manager.stop(hard_stop=True)
         return cached
 

@@ -89,7 +89,7 @@ def test_a_layer_can_multiply_what_it_rounds_away_of_its_inputs():
 
 
 def test_rounding_is_not_taken_for_an_influence_of_the_padding(monkeypatch, tmp_path):
-    """Attention that differs by 5e-5 makes one input in a hundred round to another level."""
+    """Attention that differs by 5e-5 makes some inputs round to another level."""
     attend, noise = nn.functional.scaled_dot_product_attention, torch.Generator().manual_seed(0)
 
     def attend_noisily(*arguments, **options) -> torch.Tensor:
