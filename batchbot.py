@@ -40,7 +40,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # One list for each step, with all rows: the row, the text that the step completed, and the
         # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # if `generate` runs a step after this, its output leaves that out
+        self.stopped = False  # a GPU may then compute one more step, which `generate` drops
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
@@ -92,7 +92,7 @@ class Batchbot(Bot):
     settings: BatchbotSettings
 
     def __init__(self, model: str, **settings: Any) -> None:
-        super().__init__(BatchbotSettings(model=model, **settings))
+        super().__init__(BatchbotSettings(model=model, **settings))  # loads the model and tokenizer
         # Shorter prompts are padded on the left, since replies are appended on the right. At some
         # length, a longrope model changes the positions of all rows: batch_context is below it.
         self.tokenizer.padding_side = "left"
@@ -114,16 +114,16 @@ class Batchbot(Bot):
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        """Stream the reply. If the model fails: a 500, or later a body without its last chunk."""
         messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
-        reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits text or the end at once; closes it at any end
+        reply = await self.start_reply(messages, request)  # a PromptRequest is a ReplyOptions
+        return await TextStream.start(reply)  # reads up to the first text before it sends a status
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
-        """Return the reply to a conversation. It queues for a batch when it is first read."""
-        input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
+        """Apply the chat template, and return a reply, which queues for a batch when first read."""
+        input_ids = await self.encode(messages, options)  # in a thread; 413 if it does not fit
         row = Row(self.tokenizer, input_ids, options, self.end_tokens, self.model.device)
-        return Reply(row, self.stream_row(row))
+        return Reply(state=row, chunks=self.stream_row(row))  # state: how it ended
 
     async def stream_row(self, row: Row) -> AsyncGenerator[str]:
         """Yield the reply's text as it arrives; if it is closed before its end, stop its row."""
@@ -160,7 +160,7 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model in its thread. The logits processor draws tokens, and masks all others."""
+        """Run the model. Its logits processor draws by each row's seed, and masks other tokens."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding
@@ -196,7 +196,7 @@ class Batchbot(Bot):
 
 def build(settings: BatchbotSettings) -> serve.Application:
     """With other settings: `serve run batchbot:build model=./my-model max_batch_size=16`."""
-    return settings.bind(Batchbot)
+    return settings.bind(Batchbot)  # BatchSettings become user_config, which may change later
 
 
-app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline
+app = Batchbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline

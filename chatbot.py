@@ -23,10 +23,10 @@ api = create_app("Chatbot")
 add_chat_page(api)  # at GET /
 
 
-@serve.deployment(**CHAT_OPTIONS)
+@serve.deployment(**CHAT_OPTIONS)  # max_ongoing_requests is twice MAX_CHATS
 @serve.ingress(api)
 class Chatbot(Bot):
-    """Keeps one conversation per connection. All connections share the model.
+    """Keeps a conversation per connection, after any system prompt. All share the model.
 
     A text message is a prompt. Its reply arrives as text messages; a separate `<>` then ends it.
     With the subprotocol chat.v1, clients speak JSON: they set options, stop, and see their turn.
@@ -35,18 +35,18 @@ class Chatbot(Bot):
     settings: ChatbotSettings
 
     def __init__(self, model: str, **settings: Any) -> None:
-        super().__init__(ChatbotSettings(model=model, **settings))
+        super().__init__(ChatbotSettings(model=model, **settings))  # loads the model and tokenizer
         self.free_places = asyncio.Semaphore(MAX_CHATS)  # Serve admits more, to be refused below
         # Either engine has one thread. If a reply or its batch fails, reading that reply raises.
         if self.settings.max_batch_size is None:  # the default: one reply at a time, in order
             self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
-        else:  # one batch, with its own loop in place of generate_text
+        else:  # replies join and leave a batch between tokens; generate_text is not called
             self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
             self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
     @api.websocket("/")
     async def handle_request(self, ws: WebSocket, options: ConnectionOptions) -> None:
-        """Reply to a client's prompts until it disconnects. The URL's `options` are defaults."""
+        """Reply to prompts until the client leaves. `options`, of the URL's query, are defaults."""
         connection = ChatConnection(ws, self, options, self.settings.end_of_response)
         await ws.accept(subprotocol=connection.protocol.subprotocol)
         if self.free_places.locked():
@@ -63,17 +63,17 @@ class Chatbot(Bot):
             message = await ws.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
-            await connection.take(message)  # queues up to 100 prompts; a stop ends them all
+            await connection.take(message)  # queues a prompt; raises if 100 wait; stop cancels all
 
     async def converse(self, connection: ChatConnection) -> None:
         """Reply to one prompt after another; the model sees the conversation so far."""
         async for prompt in connection:  # in order; it answers bad and stopped ones itself
             messages = [*connection.conversation, {"role": "user", "content": prompt.text}]
             # On exit, `answer` calls engine.cancel, even for a reply that was never read. It sends
-            # the end or the error. A plain client gets an error as a close code: its chat ends.
+            # the end or the error, or closes a plain client's socket with the error's close code.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # until the reply starts or is stopped
+                await connection.wait_for_turn(prompt)  # chat.v1 is told its place, until it starts
                 response = ""
                 async for text in reply:  # a stop ends this loop, even before its start
                     response += text
@@ -82,23 +82,23 @@ class Chatbot(Bot):
                     connection.remember([*messages, {"role": "assistant", "content": response}])
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
-        """Queue a conversation for the model, and return its reply, to be read as it is written."""
+        """Apply the chat template, queue the prompt, and return the reply, to be read meanwhile."""
         input_ids = await self.encode(messages, options)  # deletes the oldest `messages`, or raises
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # TooManyWaiting if 100 wait in this replica
-        return Reply(streamer, self.consume_streamer(streamer))
+        return Reply(state=streamer, chunks=self.consume_streamer(streamer))  # state: how it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in its thread. The logits processor draws a token, and masks all others."""
+        """Run the model. Its logits processor draws by the reply's seed, and masks other tokens."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
-            max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
+            past_key_values=streamer.past_key_values,  # KV that ModelThread has of its beginning
+            max_new_tokens=streamer.options.max_new_tokens,  # less at generation_config's end token
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
-            stopping_criteria=[streamer],  # ends the run at a stop string, or when cancelled
+            streamer=streamer,  # hands a reply's whole characters to its loop: call_soon_threadsafe
+            stopping_criteria=[streamer],  # ends it when cancelled, or at a stop string (not sent)
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
@@ -108,12 +108,12 @@ class Chatbot(Bot):
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
             self.engine.cancel(streamer)  # stops or dequeues a reply that has not ended
-            self.metrics.record_reply(streamer)
+            self.metrics.record_reply(streamer)  # how it ended, its tokens and times
 
 
 def build(settings: ChatbotSettings) -> serve.Application:
     """With other settings: `serve run chatbot:build model=./my-model max_batch_size=32`."""
-    return settings.bind(Chatbot)
+    return settings.bind(Chatbot)  # Chatbot.bind, with those that are set
 
 
-app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline
+app = Chatbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline

@@ -25,32 +25,32 @@ class Continuousbot(Bot):
     settings: ContinuousbotSettings
 
     def __init__(self, model: str, **settings: Any) -> None:
-        super().__init__(ContinuousbotSettings(model=model, **settings))
-        # The thread of transformers' ContinuousBatchingManager writes a token per reply and step,
-        # drawn by the reply's own sampler, up to an end token or max_new_tokens. Between steps,
-        # ended replies leave, and queued ones join up to max_batch_size. If the KV cache is full,
-        # even begun ones may wait. Each token goes to the event loop (call_soon_threadsafe). There,
-        # the reply's streamer decodes it. The last token or a stop string ends its `async for`; at
-        # a stop string, the engine also cancels the reply at the manager. If a step fails, each
-        # `async for` raises, and so do `submit` and Bot.check_health, until Serve has replaced the
-        # replica.
+        super().__init__(ContinuousbotSettings(model=model, **settings))  # loads the model
+        # This starts the thread of transformers' ContinuousBatchingManager. In each step, it writes
+        # one token of each running reply, drawn with the reply's own seed. Between steps, replies
+        # leave at an end token, at max_new_tokens or if cancelled, and its scheduler adds others,
+        # up to max_batch_size. If the KV cache is full, a begun reply may leave it. Later, what it
+        # had is computed again: its client sees a pause. The thread hands tokens to this event loop
+        # (call_soon_threadsafe), which decodes them. A stop string ends the reply there, and the
+        # engine cancels it at once. If a step fails or hangs, each `async for` raises, and so do
+        # `submit` and Bot.check_health, until Serve has replaced the replica.
         self.engine = ContinuousBatch(self.model, self.context, self.settings, self.metrics)
         self.limit_context(self.engine.context, self.engine.context_reason)  # to its KV cache
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        """Stream the reply. If the model fails: a 500, or later a body without its last chunk."""
         messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
-        reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits text or the end at once; closes it at any end
+        reply = await self.start_reply(messages, request)  # a PromptRequest is a ReplyOptions
+        return await TextStream.start(reply)  # reads up to the first text before it sends a status
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
-        """Add a conversation to the batch, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
-        # It carries the ids and options to the engine; its end tokens only tell a finish_reason.
+        """Apply the chat template, add the prompt to the batch, and return its reply to be read."""
+        input_ids = await self.encode(messages, options)  # in a thread; 413 if it does not fit
+        # The manager ends a reply at the model's end tokens, and the streamer tells why it ended.
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
         self.engine.submit(streamer)  # queues it with the manager, and returns at once
-        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads streamer.finish_reason
+        return Reply(state=streamer, chunks=self.consume_streamer(streamer))  # state: how it ended
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
         """Yield the reply's text as it arrives. If reading ends first, free the reply's place."""
@@ -58,13 +58,13 @@ class Continuousbot(Bot):
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:  # at any end. On a disconnect, the wait is cancelled, or TextStream closes this
-            self.engine.cancel(streamer)  # the manager drops it, if it has not ended there
-            self.metrics.record_reply(streamer)
+            self.engine.cancel(streamer)  # if it has not ended, it leaves before the next step
+            self.metrics.record_reply(streamer)  # how it ended, its tokens and times
 
 
 def build(settings: ContinuousbotSettings) -> serve.Application:
     """With other settings: `serve run continuousbot:build model=./my-model max_batch_size=64`."""
-    return settings.bind(Continuousbot)
+    return settings.bind(Continuousbot)  # Continuousbot.bind, with those that are set
 
 
-app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline
+app = Continuousbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline

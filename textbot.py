@@ -24,37 +24,37 @@ class Textbot(Bot):
     """Writes one reply at a time, streamed as plain text; other prompts wait in a queue."""
 
     def __init__(self, model: str, **settings: Any) -> None:
-        super().__init__(BotSettings(model=model, **settings))
+        super().__init__(BotSettings(model=model, **settings))  # loads the model and tokenizer
         # One thread calls generate_text for one streamer after another. If generate_text raises,
-        # the streamer's `async for` does, and the thread goes on. If it hangs, a watchdog makes
-        # every such loop, `submit` and Bot.check_health raise, and Serve replaces the replica.
+        # the streamer's `async for` does. If the model makes no progress for stall_timeout_s, all
+        # streamers raise, and so do `submit` and Bot.check_health: Serve replaces the replica.
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
     @api.post("/", **PROMPT_ROUTE)  # PROMPT_ROUTE: how OpenAPI describes the route
     async def handle_request(self, request: PromptRequest) -> TextStream:
-        """Stream the reply. If the model fails: a 500, or after some text an incomplete body."""
+        """Stream the reply. If the model fails: a 500, or later a body without its last chunk."""
         messages = [*self.system_messages(), {"role": "user", "content": request.prompt}]
-        reply = await self.start_reply(messages, request)
-        return await TextStream.start(reply)  # awaits text or the end at once; closes it at any end
+        reply = await self.start_reply(messages, request)  # a PromptRequest is a ReplyOptions
+        return await TextStream.start(reply)  # reads up to the first text before it sends a status
 
     async def start_reply(self, messages: list[dict[str, str]], options: ReplyOptions) -> Reply:
-        """Queue a conversation for the model, and return its reply, to be read as it is written."""
-        input_ids = await self.encode(messages, options)  # 413 if too long with max_new_tokens
+        """Apply the chat template, queue the prompt, and return the reply, to be read meanwhile."""
+        input_ids = await self.encode(messages, options)  # in a thread; 413 if it does not fit
         streamer = ReplyStreamer(self.tokenizer, input_ids, options, self.end_tokens)
-        self.engine.submit(streamer)
-        return Reply(streamer, self.consume_streamer(streamer))  # /v1 reads streamer.finish_reason
+        self.engine.submit(streamer)  # returns at once; the thread runs it in its turn
+        return Reply(state=streamer, chunks=self.consume_streamer(streamer))  # state: how it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model in its thread. The logits processor draws a token, and masks all others."""
+        """Run the model. Its logits processor draws by the reply's seed, and masks other tokens."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # ModelThread's KV cache of a known beginning
-            max_new_tokens=streamer.options.max_new_tokens,  # less if an end token comes earlier
+            past_key_values=streamer.past_key_values,  # KV that ModelThread has of its beginning
+            max_new_tokens=streamer.options.max_new_tokens,  # less at generation_config's end token
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # hands whole characters to the event loop: call_soon_threadsafe
-            stopping_criteria=[streamer],  # ends the run at a stop string, or when cancelled
+            streamer=streamer,  # hands a reply's whole characters to its loop: call_soon_threadsafe
+            stopping_criteria=[streamer],  # ends it when cancelled, or at a stop string (not sent)
         )
 
     async def consume_streamer(self, streamer: ReplyStreamer) -> AsyncGenerator[str]:
@@ -64,12 +64,12 @@ class Textbot(Bot):
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:  # at any end. On a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
-            self.metrics.record_reply(streamer)
+            self.metrics.record_reply(streamer)  # how it ended, its tokens and times
 
 
 def build(settings: BotSettings) -> serve.Application:
     """With other settings: `serve run textbot:build model=./my-model max_new_tokens=64`."""
-    return settings.bind(Textbot)
+    return settings.bind(Textbot)  # Textbot.bind, with those that are set
 
 
-app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # fallback if offline
+app = Textbot.bind("microsoft/DialoGPT-small", fallback="tiny-dialog")  # bundled, if offline
