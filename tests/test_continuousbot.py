@@ -527,10 +527,13 @@ def test_a_common_beginning_of_prompts_is_computed_once(loaded):
 
 
 def test_a_request_reads_only_its_own_keys_and_values(loaded, monkeypatch):
-    attend, lengths = torch.nn.functional.scaled_dot_product_attention, []
+    """Nor is a short one padded to the length of a long one."""
+    attend, lengths, later_lengths = torch.nn.functional.scaled_dot_product_attention, [], []
 
     def attend_and_note(query, key, *arguments, **options) -> torch.Tensor:
         lengths.append(key.shape[-2])
+        if query.shape[-2] == 1:
+            later_lengths.append(key.shape[-2])
         return attend(query, key, *arguments, **options)
 
     conversations = [[prompt] for prompt in PROMPTS]
@@ -541,6 +544,7 @@ def test_a_request_reads_only_its_own_keys_and_values(loaded, monkeypatch):
     manager.stop(hard_stop=True)
     longest = max(len(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
     assert longest < max(lengths) <= longest + 1 + 8  # with the end of a turn, and the reply
+    assert min(later_lengths) < longest // 2
 
 
 async def known_pages(batch: ContinuousBatch, loaded: LoadedModel, first: int, pages: int) -> int:
