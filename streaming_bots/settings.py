@@ -6,8 +6,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import (
     BaseModel,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
-    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -51,80 +53,58 @@ CHAT_OPTIONS: dict[str, Any] = {
 }
 
 
-class BotSettings(AccessSettings):
+class BotSettings(AccessSettings, allow_inf_nan=False, use_attribute_docstrings=True):
     """The settings of all bots, on the command line or as `args:` in a Serve config file."""
 
     max_waiting: ClassVar[int | None] = None  # prompts that may wait; None: Serve limits them
 
-    model: str = Field(
-        default=DEFAULT_MODEL,
-        min_length=1,
-        description="Hub id, folder, or <folder or hub id>:<file>.gguf. By default "
-        "microsoft/DialoGPT-small, or the bundled model if that is not available.",
-    )
-    fallback: str | None = Field(
-        default=None,
-        description="The model to load instead if `model` is not available. By default none, "
-        "except for the default model.",
-    )
-    served_model_name: str | None = Field(
-        default=None,
-        min_length=1,
-        description="The model's name for clients, as in X-Model. By default, the hub id, or the "
-        "last part of a folder.",
-    )
-    max_new_tokens: int | None = Field(
-        default=None,
-        gt=0,
-        description="Maximum number of tokens in a reply; a request may ask for fewer. By "
-        "default, 256, or half the model's context if that is less.",
-    )
-    max_prompt_tokens: int | None = Field(
-        default=None,
-        gt=0,
-        description="Maximum number of tokens in a prompt and the conversation before it. By "
-        "default, the model's context less one token, but at most 8192: a prompt of 100,000 tokens "
-        "can take a core many minutes, and gigabytes of memory.",
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "int8", "auto"] = Field(
-        default="float32",
-        description="Number format of the weights; auto is the model's own. int8 needs a CPU: it "
-        "is faster, takes a third of the memory, and is slightly less exact.",
-    )
-    prefix_cache_mb: int = Field(
-        default=512,
-        ge=0,
-        description="Megabytes for the KV caches of earlier replies, a quarter of the free memory "
-        "at most. The model then reads only what is new in the next turn of a conversation. 0 "
-        "keeps none, so that neither timing nor `usage` tells clients what others have asked. A "
-        "continuous batch keeps them in its own cache.",
-    )
-    system_prompt: str | None = Field(
-        default=None, description="Instructions that begin every conversation."
-    )
-    stall_timeout_s: float = Field(
-        default=120.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Seconds without progress by the model after which replies fail and Serve "
-        "replaces the replica. Must be longer than one layer takes to read a prompt.",
-    )
-    num_cpus: float | None = Field(
-        default=None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Cores that Ray reserves per replica, and threads of its model. By default, "
-        "Ray reserves one, but the model of a single replica uses all cores.",
-    )
-    num_gpus: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="GPUs that Ray reserves per replica. Below 1, replicas share one.",
-    )
-    num_replicas: PositiveInt | Literal["auto"] = Field(
-        default=1, description='Copies of the bot: a number, or "auto" to follow the load.'
-    )
+    model: str = Field(default=DEFAULT_MODEL, min_length=1)
+    """Hub id, folder, or <folder or hub id>:<file>.gguf. By default microsoft/DialoGPT-small, or
+    the bundled model if that is not available."""
+
+    fallback: str | None = None
+    """The model to load instead if `model` is not available. By default none, except for the
+    default model."""
+
+    served_model_name: str | None = Field(default=None, min_length=1)
+    """The model's name for clients, as in X-Model. By default, the hub id, or the last part of a
+    folder."""
+
+    max_new_tokens: PositiveInt | None = None
+    """Maximum number of tokens in a reply; a request may ask for fewer. By default, 256, or half
+    the model's context if that is less."""
+
+    max_prompt_tokens: PositiveInt | None = None
+    """Maximum number of tokens in a prompt and the conversation before it. By default, the model's
+    context less one token, but at most 8192: a prompt of 100,000 tokens can take a core many
+    minutes, and gigabytes of memory."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "auto"] = "float32"
+    """Number format of the weights; auto is the model's own. int8 needs a CPU: it is faster, takes
+    a third of the memory, and is slightly less exact."""
+
+    prefix_cache_mb: NonNegativeInt = 512
+    """Megabytes for the KV caches of earlier replies, a quarter of the free memory at most. The
+    model then reads only what is new in the next turn of a conversation. 0 keeps none, so that
+    neither timing nor `usage` tells clients what others have asked. A continuous batch keeps them
+    in its own cache."""
+
+    system_prompt: str | None = None
+    """Instructions that begin every conversation."""
+
+    stall_timeout_s: PositiveFloat = 120.0
+    """Seconds without progress by the model after which replies fail and Serve replaces the
+    replica. Must be longer than one layer takes to read a prompt."""
+
+    num_cpus: NonNegativeFloat | None = None
+    """Cores that Ray reserves per replica, and threads of its model. By default, Ray reserves one,
+    but the model of a single replica uses all cores."""
+
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs that Ray reserves per replica. Below 1, replicas share one."""
+
+    num_replicas: PositiveInt | Literal["auto"] = 1
+    """Copies of the bot: a number, or "auto" to follow the load."""
 
     @model_validator(mode="after")
     def _check_dtype(self) -> "BotSettings":
@@ -188,25 +168,21 @@ class BotSettings(AccessSettings):
         return given
 
 
-class BatchSettings(BaseModel, extra="forbid"):
+class BatchSettings(BaseModel, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """The settings that `user_config` may change while a Batchbot runs."""
 
-    max_batch_size: int = Field(
-        default=16, gt=0, description="Maximum number of prompts in one run of the model."
-    )
-    batch_wait_timeout_s: float = Field(
-        default=0.1,
-        ge=0,
-        allow_inf_nan=False,
-        description="Seconds that a prompt waits for others to join it.",
-    )
+    max_batch_size: PositiveInt = 16
+    """Maximum number of prompts in one run of the model."""
+
+    batch_wait_timeout_s: NonNegativeFloat = 0.1
+    """Seconds that a prompt waits for others to join it."""
 
 
 class BatchbotSettings(BotSettings, BatchSettings):
-    prefix_cache_mb: int = Field(
-        default=0, ge=0, le=0, description="0, since a static batch keeps nothing."
-    )
-    _in_force: BatchSettings | None = PrivateAttr(default=None)
+    prefix_cache_mb: int = Field(default=0, ge=0, le=0)
+    """0, since a static batch keeps nothing."""
+
+    _in_force: BatchSettings | None = None
 
     def reconfigure(self, user_config: dict[str, Any]) -> BatchSettings:
         """Return the settings in force after a new `user_config`.
@@ -238,16 +214,13 @@ class BatchbotSettings(BotSettings, BatchSettings):
 
 
 class ContinuousBatchSettings(BotSettings):
-    max_batch_size: int | None = Field(
-        default=None, gt=0, description="Maximum number of replies at once. By default, one."
-    )
-    cache_tokens: int | None = Field(
-        default=None,
-        gt=0,
-        description="Tokens in the KV cache that the replies of a continuous batch share, in half "
-        "of the free memory at most; a prompt must fit it with its reply. By default, 256 for each "
-        "reply, or the model's context, up to 8192, if that is more.",
-    )
+    max_batch_size: PositiveInt | None = None
+    """Maximum number of replies at once. By default, one."""
+
+    cache_tokens: PositiveInt | None = None
+    """Tokens in the KV cache that the replies of a continuous batch share, in half of the free
+    memory at most; a prompt must fit it with its reply. By default, 256 for each reply, or the
+    model's context, up to 8192, if that is more."""
 
     def autoscaling_config(self) -> dict[str, Any]:
         """Aim at half of a batch's places, so that a new prompt begins at once."""
@@ -257,7 +230,8 @@ class ContinuousBatchSettings(BotSettings):
 
 
 class ContinuousbotSettings(ContinuousBatchSettings):
-    max_batch_size: int = Field(default=32, gt=0, description="Maximum number of replies at once.")
+    max_batch_size: PositiveInt = 32
+    """Maximum number of replies at once."""
 
     def deployment_options(self) -> dict[str, Any]:
         return super().deployment_options() | queue_beside(self.max_batch_size)
@@ -266,11 +240,9 @@ class ContinuousbotSettings(ContinuousBatchSettings):
 class ChatbotSettings(ContinuousBatchSettings):
     max_waiting: ClassVar[int | None] = 100  # a hundred replies take minutes
 
-    end_of_response: str = Field(
-        default="<>",
-        min_length=2,  # since a chunk that equals it is sent in two messages
-        description="The marker that follows each reply, in a message of its own.",
-    )
+    # At least two characters, since a chunk that equals it is sent in two messages.
+    end_of_response: str = Field(default="<>", min_length=2)
+    """The marker that follows each reply, in a message of its own."""
 
     @model_validator(mode="after")
     def _check_cache_tokens(self) -> "ChatbotSettings":

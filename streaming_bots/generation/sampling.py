@@ -12,7 +12,6 @@ import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationInfo,
@@ -91,43 +90,37 @@ Integer = Annotated[int, BeforeValidator(refuse_boolean)]
 Real = Annotated[float, BeforeValidator(refuse_boolean)]
 
 
-class ReplyOptions(BaseModel):
+class ReplyOptions(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """The options of a reply, which is greedy unless one of them asks for sampling.
 
     Validate it with the context `{"limit": <the bot's max_new_tokens>}`.
     """
 
-    model_config = ConfigDict(extra="forbid")
     whole: ClassVar[bool] = False  # if true, no message may be dropped to make a conversation fit
 
-    max_new_tokens: Integer = Field(
-        description="Maximum number of tokens in the reply; the default is the bot's own limit.",
-        json_schema_extra={"minimum": 1},
-    )
+    max_new_tokens: Integer = Field(json_schema_extra={"minimum": 1})
+    """Maximum number of tokens in the reply; the default is the bot's own limit."""
+
     temperature: Real | None = Field(
         default=None,
         ge=0,
         le=2,
+        # A docstring of two lines would put a line break into the text for clients.
         description="Divides the logits: the higher, the more varied the reply. 0 takes the most "
         "likely token, as does a request without temperature, top_p, top_k and seed.",
     )
-    top_p: Real | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="Draw from the fewest tokens whose probabilities add up to this.",
-    )
-    top_k: Integer | None = Field(
-        default=None, ge=0, description="Draw from this many of the most likely tokens; 0 is all."
-    )
-    seed: Integer | None = Field(
-        default=None, ge=0, lt=2**63, description="The same seed draws the same reply again."
-    )
-    stop: list[StopString] = Field(
-        default=[],
-        max_length=4,
-        description="Strings before which the reply ends. In the query, repeat the parameter.",
-    )
+
+    top_p: Real | None = Field(default=None, gt=0, le=1)
+    """Draw from the fewest tokens whose probabilities add up to this."""
+
+    top_k: Integer | None = Field(default=None, ge=0)
+    """Draw from this many of the most likely tokens; 0 is all."""
+
+    seed: Integer | None = Field(default=None, ge=0, lt=2**63)
+    """The same seed draws the same reply again."""
+
+    stop: list[StopString] = Field(default=[], max_length=4)
+    """Strings before which the reply ends. In the query, repeat the parameter."""
 
     _asked: float = PrivateAttr(default_factory=time.monotonic)
 
