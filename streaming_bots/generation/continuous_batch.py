@@ -3,11 +3,14 @@
 import logging
 
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.model_runner import (
+    infer_max_single_request_tokens,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from streaming_bots.errors import BatchFailed
 from streaming_bots.generation.engine import Engine, Streamer, watch_layers
-from streaming_bots.generation.kv_cache import start_manager, tokens_that_fit
+from streaming_bots.generation.kv_cache import PAGE_SIZE, start_manager
 from streaming_bots.generation.padding import batch_context
 from streaming_bots.generation.streamer import ReplyStreamer, min_interval
 from streaming_bots.operations.metrics import BotMetrics
@@ -39,7 +42,11 @@ class ContinuousBatch(Engine):
         self.manager = start_manager(model, context, rows, settings.cache_tokens, shares)
         self.cached_tokens = self.manager.batch_processor.scheduler.cached_tokens
         watch_layers(model, self.watchdog.note_progress)
-        self.cache_tokens = tokens_that_fit(self.manager)
+        cache = self.manager.batch_processor.cache
+        # One request cannot fill a cache in which full and sliding attention take whole sectors.
+        # With a short window, it could have more tokens than the setting `cache_tokens` allows.
+        fitting = infer_max_single_request_tokens(cache)
+        self.cache_tokens = min(fitting, cache.num_blocks * PAGE_SIZE)
         self.context = min(context, self.cache_tokens)  # tokens of a prompt and its reply
         in_cache = self.cache_tokens < context
         self.context_reason = f"; the cache has {self.cache_tokens}" if in_cache else ""

@@ -1,8 +1,7 @@
 """The KV cache of a continuous batch: the manager of transformers, sized for a replica."""
 
-import threading
-from bisect import bisect_left
 from copy import deepcopy
+from threading import Thread
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from transformers.generation.continuous_batching.utils import (
     find_head_dim,
@@ -84,88 +83,58 @@ def start_manager(
     # By default, the cache would take most of the memory. That slows each step on a CPU, and
     # leaves none for other replicas on a GPU.
     wanted = cache_tokens or max(rows * TOKENS_PER_ROW, min(context, TOKENS_OF_ONE))
+    manager = None
     try:
         tokens = min(wanted, free_memory(model.device) // 2 // bytes_per_token(model, rows))
         config.num_blocks = max(1, tokens // PAGE_SIZE)
         # The manager changes the end token in its generation config if the model has none.
         manager = model.init_continuous_batching(deepcopy(model.generation_config), config)
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(
+            LogitsProcessorList([RequestsLogitsProcessor(manager)])
+        )
+        manager.logit_processor.tensors_required = 1
+        # `load_model` turns cuDNN off, since it plans for each new length. Here, lengths are few.
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        in_a_thread(try_out, manager, model, alone)
     except Exception as problem:
-        raise unfit(model, problem) from problem
-    manager.logit_processor = ContinuousBatchingLogitsProcessorList(
-        LogitsProcessorList([RequestsLogitsProcessor(manager)])
-    )
-    manager.logit_processor.tensors_required = 1
-    # `load_model` turns cuDNN off, since it plans for each new length. Here, lengths are few.
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    problems: list[Exception] = []
-
-    def start() -> None:
-        try:
-            manager.warmup()  # allocates the cache
-            manager.start()
-            with precise(model):
-                try_out(manager, model, alone)
-        except Exception as problem:
-            problems.append(problem)
-
-    # The manager's thread inherits `daemon` from its starter, so the process need not wait for it.
-    # If the caller's thread computed, its OpenMP threads would stay, and compete for the cores.
-    starter = threading.Thread(target=start, daemon=True)
-    starter.start()
-    starter.join()
-    if problems:
-        manager.stop()
-        if isinstance(problems[0], MemoryError):
-            raise problems[0]
-        raise unfit(model, problems[0]) from problems[0]
+        if manager is not None:
+            manager.stop()
+        if isinstance(problem, MemoryError):
+            raise
+        reason = str(problem).partition("\n")[0]  # some show the whole configuration after it
+        raise ValueError(
+            f"transformers cannot batch {model.config.model_type} continuously: {reason}; "
+            "the Textbot can use it"
+        ) from problem
     return manager
-
-
-def unfit(model: PreTrainedModel, problem: Exception) -> ValueError:
-    reason = str(problem).partition("\n")[0]  # some show the whole configuration after it
-    return ValueError(
-        f"transformers cannot batch {model.config.model_type} continuously: {reason}; "
-        "the Textbot can use it"
-    )
 
 
 def try_out(
     manager: ContinuousBatchingManager, model: PreTrainedModel, alone: dict[int, torch.Tensor]
 ) -> None:
-    """Raise ValueError with the reason if replies together fail, or differ from those alone.
+    """Start the manager. Raise ValueError if replies together fail, or differ from those alone.
 
     `alone` maps each prompt's length to the logits, (steps, vocabulary size), of its reply alone.
     """
+    manager.warmup()  # allocates the cache
+    # The manager's thread inherits `daemon` from its starter, so the process need not wait for it.
+    starter = Thread(target=manager.start, daemon=True)
+    starter.start()
+    starter.join()
     recorders = {length: Recorder(model) for length in alone}
-    for length, recorder in recorders.items():
-        prompt = prompt_of(model, length)[0].tolist()
-        manager.add_request(prompt, max_new_tokens=STEPS, sampler=recorder)
-    problem = None
-    for _ in recorders:
-        while (output := manager.get_result(timeout=1)) is None and manager.is_running():
-            pass
-        problem = problem or (output.error if output else "the model's thread has ended")
-    if not problem and not all(
-        are_alike(recorders[length].logits, logits, model) for length, logits in alone.items()
-    ):
-        problem = "replies would depend on the rest of the batch"
-    if problem:
-        raise ValueError(problem)
-
-
-def tokens_that_fit(manager: ContinuousBatchingManager) -> int:
-    """Return how many tokens one request may have in an empty cache.
-
-    It is less than the whole cache if full and sliding attention each take whole sectors.
-    """
-    cache = manager.batch_processor.cache
-    nothing = RequestState("", [])
-
-    def is_too_much(tokens: int) -> bool:
-        return not cache.can_store_request_tokens(nothing, tokens, dry_run=True)
-
-    blocks = manager.continuous_batching_config.num_blocks
-    return bisect_left(range(1, blocks * PAGE_SIZE + 1), True, key=is_too_much)
+    with precise(model):
+        for length, recorder in recorders.items():
+            prompt = prompt_of(model, length)[0].tolist()
+            manager.add_request(prompt, max_new_tokens=STEPS, sampler=recorder)
+        for _ in recorders:
+            while (output := manager.get_result(timeout=1)) is None:
+                if not manager.is_running():
+                    raise ValueError("the model's thread has ended")
+            if output.error:
+                raise ValueError(output.error)
+    for length, logits in alone.items():
+        if not are_alike(recorders[length].logits, logits, model):
+            raise ValueError("replies would depend on the rest of the batch")
 
 
 def bytes_per_token(model: PreTrainedModel, rows: int) -> int:
