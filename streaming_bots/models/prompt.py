@@ -147,7 +147,6 @@ def token_limits(
                 f"{name} is {tokens}: from 1 to {context - 1} are possible, since prompt and reply "
                 f"share the model's context of {context} tokens"
             )
-    return (
-        min(256, context // 2) if max_new_tokens is None else max_new_tokens,
-        min(context - 1, DEFAULT_PROMPT_TOKENS) if max_prompt_tokens is None else max_prompt_tokens,
-    )
+    reply = max_new_tokens or min(256, context // 2)
+    prompt = max_prompt_tokens or min(context - 1, DEFAULT_PROMPT_TOKENS)
+    return reply, prompt

@@ -1,7 +1,6 @@
 """The cores and the memory that this process may use."""
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +21,13 @@ def cores() -> int:
     """Return how many whole cores, at least one, the machine, `taskset` and cgroups allow."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limits = [float(found or 1)]
-    with suppress(OSError, ValueError):  # there are none, or the limit is "max"
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        limits.append(int(quota) / int(period))
-    with suppress(OSError, ValueError):
-        quota, period = (
-            (CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-        )
-        if int(quota) > 0:  # -1 is no limit
-            limits.append(int(quota) / int(period))
-    return max(1, math.floor(min(limits)))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+        with suppress(OSError, ValueError):  # there are none, or the limit is "max"
+            texts = [(CGROUP / name).read_text() for name in names]
+            quota, period = map(int, " ".join(texts).split())
+            if quota > 0:  # -1 is no limit
+                limits.append(quota / period)
+    return max(1, int(min(limits)))
 
 
 def in_a_thread(compute: Callable[..., Result], *arguments: Any) -> Result:
