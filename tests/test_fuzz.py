@@ -291,7 +291,8 @@ def answers(loaded: LoadedModel, frame: Frame) -> set[str]:
     try:
         message = {"text": frame.text()} if frame.is_text else {"bytes": b""}
         options = ReplyOptions.model_construct(max_new_tokens=CHAT_MAX_NEW_TOKENS)
-        prompt = JsonProtocol(limits_of(budget(loaded), CHAT_MAX_NEW_TOKENS), options).read(message)
+        limits = limits_of(budget(loaded), CHAT_MAX_NEW_TOKENS)
+        prompt = JsonProtocol(limits, options, "<>").read(message)
         if isinstance(prompt, str):  # stop, or ping
             return set()
         encode([user(prompt.prompt)], loaded.tokenizer, budget(loaded))

@@ -36,6 +36,7 @@ from streaming_bots.models.prompt import (
 from streaming_bots.models.source import BUNDLED
 
 HANG_S = 60
+MARKER = "<>"
 MARKER_LETTERS = "<>🐢"  # few, so that a chunk is often the marker
 
 property_test = settings(deadline=None, derandomize=True)
@@ -239,7 +240,7 @@ OPTIONS = ReplyOptions.model_construct(max_new_tokens=100)
 )
 def test_the_marker_never_appears_as_data_and_nothing_is_lost(marker, chunks):
     protocol = PlainProtocol(LIMITS, OPTIONS, marker)
-    messages = [message for chunk in chunks for message in protocol.text(chunk)]
+    messages = [message for chunk in chunks for message in protocol.write("text", text=chunk)]
     assert marker not in messages
     assert "".join(messages) == "".join(chunks)
 
@@ -247,9 +248,9 @@ def test_the_marker_never_appears_as_data_and_nothing_is_lost(marker, chunks):
 @property_test
 @given(chunks=st.lists(texts))
 def test_text_in_json_messages_is_the_text(chunks):
-    protocol = JsonProtocol(LIMITS, OPTIONS)
-    messages = [json.loads(message) for chunk in chunks for message in protocol.text(chunk)]
-    assert messages == [{"type": "text", "text": chunk} for chunk in chunks]
+    protocol = JsonProtocol(LIMITS, OPTIONS, MARKER)
+    messages = [message for chunk in chunks for message in protocol.write("text", text=chunk)]
+    assert list(map(json.loads, messages)) == [{"type": "text", "text": chunk} for chunk in chunks]
 
 
 @property_test
@@ -259,7 +260,7 @@ def test_text_in_json_messages_is_the_text(chunks):
 @example('{"type": "ping"}')
 def test_any_text_message_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(text):
     try:
-        request = JsonProtocol(LIMITS, OPTIONS).read({"text": text})
+        request = JsonProtocol(LIMITS, OPTIONS, MARKER).read({"text": text})
     except Refusal as error:
         assert str(error)
         return
@@ -276,9 +277,9 @@ def test_any_text_message_is_a_possible_prompt_or_a_stop_or_a_ping_or_refused(te
 @property_test
 @given(data=st.binary())
 def test_any_binary_message_is_refused(data):
-    for protocol in JsonProtocol(LIMITS, OPTIONS), PlainProtocol(LIMITS, OPTIONS, "<>"):
+    for kind in JsonProtocol, PlainProtocol:
         with pytest.raises(BadMessage):
-            protocol.read({"bytes": data})
+            kind(LIMITS, OPTIONS, MARKER).read({"bytes": data})
 
 
 @property_test

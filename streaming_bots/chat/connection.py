@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 from ray.exceptions import TaskCancelledError
@@ -13,7 +14,7 @@ from starlette.types import Message as ASGIMessage
 from starlette.websockets import WebSocketState
 
 from streaming_bots.bot import Bot, Reply
-from streaming_bots.chat.protocol import select_protocol
+from streaming_bots.chat.protocol import CHAT_V1, JsonProtocol, PlainProtocol
 from streaming_bots.errors import Refusal, Restarting, TooManyWaiting, close_code, describe
 from streaming_bots.generation.reply import ReplyState
 from streaming_bots.generation.sampling import ReplyOptions
@@ -46,8 +47,8 @@ class ChatConnection:
     def __init__(
         self, ws: WebSocket, bot: Bot, options: ReplyOptions, end_of_response: str
     ) -> None:
-        offered = ws.scope["subprotocols"]
-        self.protocol = select_protocol(offered, bot, options, end_of_response)
+        kind = JsonProtocol if CHAT_V1 in ws.scope["subprotocols"] else PlainProtocol
+        self.protocol = kind(bot, options, end_of_response)
         self.ws = ws
         self.bot = bot
         self.options = options
@@ -100,7 +101,7 @@ class ChatConnection:
             error.__context__ = None
         else:
             if request == "ping":
-                await self.send(self.protocol.pong())
+                await self.send("pong")
                 return
             if request == "stop":
                 for earlier in self.unanswered:
@@ -160,7 +161,7 @@ class ChatConnection:
             self._cancel(prompt.reply)
         async with aclosing(self.bot.engine.line(streamer_of(prompt.reply))) as line:
             async for ahead in line:
-                await self.send(self.protocol.waiting(ahead))
+                await self.send("waiting", ahead=ahead)
 
     def remember(self, conversation: list[Message]) -> None:
         """Store the conversation, which ends with one new exchange."""
@@ -168,10 +169,11 @@ class ChatConnection:
         self.spoken += 2
 
     async def send_text(self, text: str) -> None:
-        await self.send(self.protocol.text(text))
+        await self.send("text", text=text)
 
-    async def send(self, messages: Sequence[str]) -> None:
-        for message in messages:
+    async def send(self, kind: str, **fields: Any) -> None:
+        """Tell the client something. `ChatProtocol.write` lists the kinds and their fields."""
+        for message in self.protocol.write(kind, **fields):
             if self.ws.application_state is WebSocketState.CONNECTED:  # it may be closing
                 await self.ws.send_text(message)
 
@@ -193,17 +195,24 @@ class ChatConnection:
         if isinstance(end, ReplyState):
             self.bot.metrics.count("cancelled" if end.cancelled else "finished")
             messages = len(self.conversation) - len(self.bot.system_messages())
-            await self.send(self.protocol.done(end, messages, self.spoken))
+            await self.send(
+                "done",
+                finish_reason=end.finish_reason,
+                tokens=end.reply_tokens,
+                seconds=round(time.monotonic() - end.options.asked, 3),
+                messages=messages,
+                dropped=self.spoken - messages,
+            )
             return
         if isinstance(end, Refusal):
             self.bot.metrics.count("refused")
         else:
             self.bot.metrics.count("failed")
             logger.error("A reply failed", exc_info=end)
-        if (error := self.protocol.error(end)) is None:
+        if isinstance(self.protocol, PlainProtocol):
             await self.close(end)
             raise WebSocketDisconnect(close_code(end))
-        await self.send(error)
+        await self.send("error", detail=describe(end))
 
     async def _end_when_draining(self) -> None:
         """When draining begins, end the connection once the prompts in the queue are answered."""

@@ -8,17 +8,14 @@ apart by their `type`. An error answers the prompt that it concerns, and the con
 """
 
 import json
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import ValidationError
 from starlette.types import Message
 
 from streaming_bots.bot import Bot
-from streaming_bots.errors import BadMessage, PromptTooLong, describe
-from streaming_bots.generation.reply import ReplyState
+from streaming_bots.errors import BadMessage, PromptTooLong
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.http.request import (
     TextRequest,
@@ -32,11 +29,12 @@ CHAT_V1 = "chat.v1"
 
 
 class ChatProtocol(ABC):
-    """Reads a client's messages, and returns the text messages to send it."""
+    """Reads a client's messages, and writes the text messages to send it."""
 
     subprotocol: str | None = None
 
-    def __init__(self, bot: Bot, options: ReplyOptions) -> None:
+    def __init__(self, bot: Bot, options: ReplyOptions, end_of_response: str) -> None:
+        self.end_of_response = end_of_response  # the marker of the plain protocol
         self.max_new_tokens = bot.max_new_tokens
         self.prompt_budget = bot.prompt_budget(options.max_new_tokens)
         self.max_prompt_tokens = bot.max_prompt_tokens  # beside the shortest reply
@@ -46,55 +44,31 @@ class ChatProtocol(ABC):
     def read(self, message: Message) -> TextRequest | Literal["stop", "ping"]:
         """Return the message's prompt, or "stop" or "ping". Raises a Refusal."""
 
-    def waiting(self, ahead: int) -> list[str]:
-        """Say that `ahead` replies must end before this one begins."""
-        return []
-
     @abstractmethod
-    def text(self, text: str) -> list[str]:
-        """A piece of the reply."""
+    def write(self, kind: str, **fields: Any) -> list[str]:
+        """Return the text messages that tell the client something. Its kind decides the fields.
 
-    @abstractmethod
-    def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
-        """The end of a reply. The model still sees the last `messages` of the `spoken` messages."""
-
-    @abstractmethod
-    def error(self, error: Exception) -> list[str] | None:
-        """The error, or None if closing the connection reports it."""
-
-    def pong(self) -> list[str]:
-        return []
-
-
-def select_protocol(
-    offered: Sequence[str], bot: Bot, options: ReplyOptions, end_of_response: str
-) -> ChatProtocol:
-    """Return chat.v1 for a client that offers it, and otherwise the plain protocol."""
-    if CHAT_V1 in offered:
-        return JsonProtocol(bot, options)
-    return PlainProtocol(bot, options, end_of_response)
+        - waiting: `ahead`, the number of replies that must end before this one begins
+        - text: `text`, a piece of the reply
+        - done, at the reply's end: `finish_reason`, `tokens`, `seconds`, `messages`, `dropped`
+        - error: `detail`
+        - pong: none
+        """
 
 
 class PlainProtocol(ChatProtocol):
-    def __init__(self, bot: Bot, options: ReplyOptions, end_of_response: str) -> None:
-        super().__init__(bot, options)
-        self.end_of_response = end_of_response
-
     def read(self, message: Message) -> TextRequest:
         if (text := message.get("text")) is None:
             raise BadMessage("a prompt is a text message, not a binary one")
         check_size(text, self.prompt_budget)
         return TextRequest.model_construct(prompt=text, **self.options)
 
-    def text(self, text: str) -> list[str]:
-        """Split a piece that equals the marker."""
-        return [text[:1], text[1:]] if text == self.end_of_response else [text]
-
-    def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
-        return [self.end_of_response]
-
-    def error(self, error: Exception) -> None:
-        return None
+    def write(self, kind: str, **fields: Any) -> list[str]:
+        """Write the pieces of the reply and its end. Split a piece that equals the marker."""
+        if kind == "text":
+            text = fields["text"]
+            return [text[:1], text[1:]] if text == self.end_of_response else [text]
+        return [self.end_of_response] if kind == "done" else []
 
 
 class JsonProtocol(ChatProtocol):
@@ -123,27 +97,5 @@ class JsonProtocol(ChatProtocol):
             name = ".".join(str(part) for part in problem["loc"][1:])
             raise BadMessage(f"{name}: {problem['msg']}") from None
 
-    def waiting(self, ahead: int) -> list[str]:
-        return self._write(type="waiting", ahead=ahead)
-
-    def text(self, text: str) -> list[str]:
-        return self._write(type="text", text=text)
-
-    def done(self, state: ReplyState, messages: int, spoken: int) -> list[str]:
-        return self._write(
-            type="done",
-            finish_reason=state.finish_reason,
-            tokens=state.reply_tokens,
-            seconds=round(time.monotonic() - state.options.asked, 3),
-            messages=messages,
-            dropped=spoken - messages,
-        )
-
-    def error(self, error: Exception) -> list[str]:
-        return self._write(type="error", detail=describe(error))
-
-    def pong(self) -> list[str]:
-        return self._write(type="pong")
-
-    def _write(self, **fields: Any) -> list[str]:
-        return [json.dumps(fields, ensure_ascii=False)]
+    def write(self, kind: str, **fields: Any) -> list[str]:
+        return [json.dumps({"type": kind, **fields}, ensure_ascii=False)]
