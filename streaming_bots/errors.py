@@ -29,7 +29,10 @@ class BadMessage(Refusal):
 
 
 class PromptTooLong(Refusal):
-    """A prompt that does not fit the context, even with all earlier exchanges dropped."""
+    """A prompt that does not fit the context, even with all earlier exchanges dropped.
+
+    A body or a message is refused likewise if no prompt that fits needs so many bytes.
+    """
 
     status, close_code = 413, 1009
 
@@ -50,12 +53,6 @@ class ModelNotFound(Refusal):
     """A request for a model other than the one that answers here."""
 
     status, close_code, kind, parameter = 404, 1008, "model_not_found", "model"
-
-
-class BodyTooLong(Refusal):
-    """A body with more bytes than any prompt that fits can need."""
-
-    status, close_code = 413, 1009
 
 
 class NoToken(Refusal):

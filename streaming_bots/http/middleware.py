@@ -5,11 +5,9 @@ from urllib.parse import quote
 from ray.exceptions import TaskCancelledError
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streaming_bots.bot import current_bot
-from streaming_bots.errors import describe
 
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)  # what `receive` raises after a disconnect
@@ -53,35 +51,22 @@ class OutcomeMiddleware:
 
 
 class BotMiddleware:
-    """Names the model in `X-Model`, and answers a failure before the first byte with a 500.
+    """Names the model in `X-Model`. Only clients with access get this far.
 
-    Only clients with access get this far. The 500 tells the exception's type; Serve logs the
-    traceback. A route prefix alone, `/chatbot`, is the bot's `/`: Starlette would redirect, but
-    WebSocket clients need not follow.
+    A route prefix alone, `/chatbot`, is the bot's `/`: Starlette would redirect, but WebSocket
+    clients need not follow.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
         async def send_named(message: Message) -> None:
-            nonlocal started
-            if not started and message["type"] in STARTS:
+            if message["type"] in STARTS:
                 name = quote(current_bot().model_name, safe="/:@ ")
                 MutableHeaders(scope=message)["X-Model"] = name
-            started = True
             await send(message)
 
         if scope["type"] != "lifespan" and scope["path"] == scope.get("root_path", ""):
             scope["path"] += "/"
-        try:
-            await self.app(scope, receive, send_named)
-        except CLIENT_LEFT:
-            raise
-        except Exception as error:
-            if scope["type"] == "http" and not started:
-                failure = JSONResponse({"detail": describe(error)}, status_code=500)
-                await failure(scope, receive, send_named)
-            raise
+        await self.app(scope, receive, send_named)

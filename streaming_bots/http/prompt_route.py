@@ -1,10 +1,11 @@
-"""Describes `POST /` for OpenAPI, since FastAPI cannot see what `reader` reads."""
+"""Describes `POST /` for OpenAPI, since FastAPI cannot see what `TextRequest.read` reads."""
 
 from typing import Annotated, Any
 
 from fastapi import Depends
+from fastapi.openapi.utils import validation_error_definition
 
-from streaming_bots.http.request import TextRequest, reader
+from streaming_bots.http.request import TextRequest
 from streaming_bots.http.response import TextStream
 
 
@@ -36,14 +37,7 @@ ERRORS = {
     500: "The reply failed before its first text",
 }
 TEXT = {"type": "string"}
-PROBLEMS = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "properties": {"loc": {"type": "array"}, "msg": TEXT, "type": TEXT},
-        "required": ["loc", "msg", "type"],
-    },
-}
+PROBLEMS = {"type": "array", "items": validation_error_definition}
 RESPONSES = {
     400: {
         "description": "The bot does not answer for this host, or a header is not a client's",
@@ -78,5 +72,5 @@ def prompt_route(kind: type[TextRequest]) -> dict[str, Any]:
     }
 
 
-PromptRequest = Annotated[TextRequest, Depends(reader(TextRequest))]
+PromptRequest = Annotated[TextRequest, Depends(TextRequest.read)]
 PROMPT_ROUTE = prompt_route(TextRequest)

@@ -3,17 +3,16 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Depends, Request
-from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
+from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError, field_validator
 from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
 from streaming_bots.bot import current_bot
-from streaming_bots.errors import BodyTimeout, BodyTooLong
+from streaming_bots.errors import BodyTimeout, PromptTooLong
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.prompt import bytes_allowed
 
@@ -44,6 +43,17 @@ class TextRequest(ReplyOptions):
             raise ValueError("a blank prompt has no reply")
         return prompt
 
+    @classmethod
+    async def read(cls, request: Request) -> Self:
+        """Read the query, and a JSON body with the same parameters, which take precedence.
+
+        It is a FastAPI dependency. Raises RequestValidationError (422), which names the parameter.
+        """
+        given, place = query_fields(request.query_params), "query"
+        if body := await read_body(request):
+            given, place = given | parse_body(body), "body"
+        return validate(cls, given, place)
+
 
 def query_fields(query: QueryParams) -> dict[str, Any]:
     """Return the fields of a query. A field that may be repeated is a list."""
@@ -51,18 +61,6 @@ def query_fields(query: QueryParams) -> dict[str, Any]:
     if "stop" in fields:
         fields["stop"] = query.getlist("stop")
     return fields
-
-
-def check_structure(text: str, allowed: int) -> None:
-    """Raise ValueError for JSON with more values than a request can need, before it is parsed."""
-    outside, end = 0, 0
-    for string in STRING.finditer(text):
-        outside += 1 + string.start() - end
-        end = string.end()
-        if outside > allowed:
-            break
-    if outside + len(text) - end > allowed:
-        raise ValueError(f"has more than {allowed} bytes outside of strings")
 
 
 def parse_object(
@@ -73,7 +71,9 @@ def parse_object(
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("is not a JSON object, which is UTF-8") from None
-    check_structure(text, outside_strings)
+    # Each string counts as one byte. Once there are too many, the others need not be counted.
+    if len(STRING.sub('"', text, count=outside_strings + 1)) > outside_strings:
+        raise ValueError(f"has more than {outside_strings} bytes outside of strings")
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
@@ -93,7 +93,7 @@ def json_allowed(tokens: int, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) 
 
 
 async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> bytes:
-    """Read a body. Raises BodyTimeout, or BodyTooLong if no prompt that fits needs as much."""
+    """Read a body. Raises BodyTimeout, or PromptTooLong if no prompt that fits needs as much."""
     allowed = json_allowed(current_bot().max_prompt_tokens, outside_strings)
     body = bytearray()
     try:
@@ -101,50 +101,24 @@ async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_S
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > allowed:
-                    raise BodyTooLong(f"the body has more than the {allowed} bytes allowed")
+                    raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
     except TimeoutError:
         raise BodyTimeout(f"the body was not there after {BODY_TIMEOUT_S:.0f} s") from None
     return bytes(body)
 
 
-def reader(kind: type[Model]) -> Callable[[Request], Awaitable[Model]]:
-    """Return a FastAPI dependency that reads a request of this kind.
-
-    It reads the query, and a JSON body with the same parameters, which take precedence. It raises
-    RequestValidationError (422), which names the parameter.
-    """
-
-    async def read_request(request: Request) -> Model:
-        given, place = query_fields(request.query_params), "query"
-        if body := await read_body(request):
-            place = "body"
-            try:
-                given |= parse_object(body)
-            except ValueError as error:
-                raise not_json(error) from None
-        return validate(kind, given, place)
-
-    return read_request
-
-
-def not_json(error: ValueError) -> RequestValidationError:
-    """Return the validation error for a body that parse_object has refused."""
-    return RequestValidationError(
-        [{"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}]
-    )
+def parse_body(body: bytes, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> dict[str, Any]:
+    """Parse a body. Raises RequestValidationError if it is not a JSON object."""
+    try:
+        return parse_object(body, outside_strings)
+    except ValueError as error:
+        problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
+        raise RequestValidationError([problem]) from None
 
 
 async def read_options(connection: HTTPConnection) -> ReplyOptions:
-    """Read reply options from the query of a WebSocket handshake, or of the chat page.
-
-    Raises WebSocketRequestValidationError for a handshake, RequestValidationError for the page.
-    """
-    try:
-        return validate(ReplyOptions, query_fields(connection.query_params), "query")
-    except RequestValidationError as error:
-        if connection.scope["type"] == "websocket":
-            raise WebSocketRequestValidationError(error.errors()) from None
-        raise
+    """Read reply options from the query of a WebSocket handshake, or of the chat page."""
+    return validate(ReplyOptions, query_fields(connection.query_params), "query")
 
 
 def validate(kind: type[Model], given: dict[str, Any], place: str) -> Model:

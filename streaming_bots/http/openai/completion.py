@@ -88,8 +88,8 @@ def _data(content: dict[str, Any]) -> str:
 
 async def with_silences(reply: Reply) -> AsyncGenerator[str | None]:
     """Yield the text of a reply, and None for each SILENCE_S without any. Closes the reply."""
-    chunks = aiter(reply)
-    try:
+    async with aclosing(reply):
+        chunks = aiter(reply)
         while True:
             pending = asyncio.ensure_future(anext(chunks, None))
             try:
@@ -101,5 +101,3 @@ async def with_silences(reply: Reply) -> AsyncGenerator[str | None]:
             if (text := pending.result()) is None:
                 return
             yield text
-    finally:
-        await reply.aclose()

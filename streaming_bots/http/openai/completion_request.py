@@ -10,8 +10,7 @@ from streaming_bots.generation.sampling import Integer, Real, ReplyOptions
 from streaming_bots.http.request import (
     MAX_NAME,
     MAX_PROBLEMS,
-    not_json,
-    parse_object,
+    parse_body,
     read_body,
     validate,
 )
@@ -28,8 +27,14 @@ TopK = Annotated[Integer, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
 Seed = Annotated[Integer, AfterValidator(lambda seed: seed % 2**63)]
 
 
+Role = Annotated[
+    Literal["system", "developer", "user", "assistant"],
+    AfterValidator(lambda role: "system" if role == "developer" else role),
+]
+
+
 class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: str = Field(default="", description="Text, or a list of parts of type text.")
 
     @field_validator("content", mode="before")
@@ -91,13 +96,7 @@ class CompletionRequest(ReplyOptions):
 
     def conversation(self, beginning: list[Message]) -> list[Message]:
         """Return the messages, after `beginning` unless they include a system prompt."""
-        messages = [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.content,
-            }
-            for message in self.messages
-        ]
+        messages = [message.model_dump() for message in self.messages]
         if any(message["role"] == "system" for message in messages):
             return messages
         return [*beginning, *messages]
@@ -106,10 +105,7 @@ class CompletionRequest(ReplyOptions):
 async def read_completion_request(request: Request) -> CompletionRequest:
     """Read the body of a request. Raises RequestValidationError, which names the parameter."""
     body = await read_body(request, MAX_BYTES_OUTSIDE_STRINGS)
-    try:
-        fields = parse_object(body, MAX_BYTES_OUTSIDE_STRINGS)
-    except ValueError as error:
-        raise not_json(error) from None
+    fields = parse_body(body, MAX_BYTES_OUTSIDE_STRINGS)
     fields.pop("max_new_tokens", None)  # the bots' own name for the limit
     given = {name: value for name, value in fields.items() if value is not None}
     if ignored := sorted(given.keys() - CompletionRequest.model_fields.keys()):

@@ -26,24 +26,21 @@ class OpenAIErrorMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start: Message | None = None  # of a response that is rewritten
-        body = b""
 
         async def send_rewritten(message: Message) -> None:
-            nonlocal start, body
+            nonlocal start
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 start = message
             elif start is None:
                 await send(message)
-            else:
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    status, error = rewrite(start["status"], body)
-                    content = json.dumps(error).encode()
-                    headers = MutableHeaders(raw=list(start["headers"]))
-                    headers["Content-Type"] = "application/json"
-                    headers["Content-Length"] = str(len(content))
-                    await send({**start, "status": status, "headers": headers.raw})
-                    await send({"type": "http.response.body", "body": content})
+            else:  # the whole body, since no error is streamed
+                status, error = rewrite(start["status"], message["body"])
+                content = json.dumps(error).encode()
+                headers = MutableHeaders(raw=list(start["headers"]))
+                headers["Content-Type"] = "application/json"
+                headers["Content-Length"] = str(len(content))
+                await send({**start, "status": status, "headers": headers.raw})
+                await send({"type": "http.response.body", "body": content})
 
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         is_ours = scope["type"] == "http" and path.startswith(PREFIX)
