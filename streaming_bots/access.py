@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
@@ -38,28 +38,24 @@ def _check_origin(origin: str) -> str:
     return origin.removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
 
 
-Host = Annotated[str, AfterValidator(_check_host)]
-Origin = Annotated[str, AfterValidator(_check_origin)]
+Hosts = Annotated[list[Annotated[str, AfterValidator(_check_host)]], BeforeValidator(_split)]
+Origins = Annotated[list[Annotated[str, AfterValidator(_check_origin)]], BeforeValidator(_split)]
 
 
-class AccessSettings(BaseModel, extra="forbid"):
+class AccessSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """The settings that decide who may use a bot."""
 
-    allowed_hosts: Annotated[list[Host], BeforeValidator(_split)] = Field(
-        default=["localhost", "127.0.0.1", "[::1]"],
-        description="Host names that requests may address, without a port; *.example.org for "
-        "all names below it, * for any. By default, this machine's own.",
-    )
-    allowed_origins: Annotated[list[Origin], BeforeValidator(_split)] = Field(
-        default=[],
-        description="Origins of other web pages that may use the bot, as "
-        "https://chat.example.org; * for all. Pages of the bot's own host and port always may.",
-    )
-    api_key_file: Path | None = Field(
-        default=None,
-        description="File with the key that every request must carry. Each machine that runs a "
-        "replica needs it. By default, no key is needed.",
-    )
+    allowed_hosts: Hosts = ["localhost", "127.0.0.1", "[::1]"]
+    """Host names that requests may address, without a port; *.example.org for all names below it,
+    * for any. By default, this machine's own."""
+
+    allowed_origins: Origins = []
+    """Origins of other web pages that may use the bot, as https://chat.example.org; * for all.
+    Pages of the bot's own host and port always may."""
+
+    api_key_file: Path | None = None
+    """File with the key that every request must carry. Each machine that runs a replica needs it.
+    By default, no key is needed."""
 
     def read_api_key(self) -> bytes | None:
         """Return the key without surrounding whitespace. Raises ValueError if it is unusable."""

@@ -28,13 +28,11 @@ MAX_NAME = 100  # characters of a parameter's name in it
 Model = TypeVar("Model", bound=ReplyOptions)
 
 
-class TextRequest(ReplyOptions):
+class TextRequest(ReplyOptions, use_attribute_docstrings=True):
     """A prompt and the options of its reply."""
 
-    prompt: str = Field(
-        description="The text to reply to, not blank; required in the query or the body.",
-        json_schema_extra={"pattern": r"\S"},
-    )
+    prompt: str = Field(json_schema_extra={"pattern": r"\S"})
+    """The text to reply to, not blank; required in the query or the body."""
 
     @field_validator("prompt")
     @classmethod
