@@ -100,8 +100,8 @@ class SteppedBot:
         self.report.flush()
 
     def stall_after(self, seconds: float) -> None:
-        self.engine.watchdog.stall_timeout_s = seconds
-        self.engine.watchdog.watching = None  # with the next prompt, watching starts over
+        self.engine.stall_timeout_s = seconds
+        self.engine.watching = None  # with the next prompt, watching starts over
 
     def slow_down(self, seconds: float) -> None:
         """Let each layer of the model take this many seconds."""

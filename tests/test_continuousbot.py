@@ -388,11 +388,11 @@ def test_a_stall_is_noticed_even_if_all_clients_have_left(loaded):
         batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
         begun, go, given_up = threading.Event(), threading.Event(), asyncio.Event()
 
-        def give_up(error: Exception) -> None:
-            batch.give_up(error)
+        def give_up_and_tell(error: Exception) -> None:
+            give_up(error)
             given_up.set()
 
-        batch.watchdog.give_up = give_up
+        give_up, batch.give_up = batch.give_up, give_up_and_tell
 
         def hang(*_: object) -> None:
             begun.set()
@@ -404,6 +404,27 @@ def test_a_stall_is_noticed_even_if_all_clients_have_left(loaded):
         await asyncio.to_thread(begun.wait, HANG_S)
         batch.cancel(streamer)
         await asyncio.wait_for(given_up.wait(), HANG_S)
+        with pytest.raises(ModelStalled):
+            batch.check()
+        hook.remove()
+        go.set()
+        batch.manager.stop(hard_stop=True)
+
+    asyncio.run(test())
+
+
+def test_the_time_without_work_is_no_stall(loaded):
+    async def test() -> None:
+        batch, go = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5), threading.Event()
+        streamers = [new_streamer(loaded.tokenizer, (), [1, 2, 3], 2) for _ in range(2)]
+        batch.submit(streamers[0])
+        await asyncio.wait_for(streamers[0].text.ended.wait(), HANG_S)
+        await asyncio.sleep(0.4)
+        hook = loaded.model.register_forward_pre_hook(lambda *_: go.wait(HANG_S) and None)
+        began = time.monotonic()
+        batch.submit(streamers[1])
+        await asyncio.wait_for(streamers[1].text.ended.wait(), HANG_S)
+        assert time.monotonic() - began >= 0.5
         with pytest.raises(ModelStalled):
             batch.check()
         hook.remove()

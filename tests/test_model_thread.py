@@ -82,6 +82,21 @@ def test_streamers_run_one_after_another_and_each_knows_how_many_are_ahead():
     run(test)
 
 
+def test_a_reply_that_begins_and_ends_quickly_has_had_its_turn():
+    async def test() -> None:
+        thread, held, quick = new_thread(), Held(), new_streamer(TOKENIZER)
+        await held.submit_to(thread)
+        thread.submit(quick, say, "hello")
+        line = thread.line(quick)
+        assert await anext(line) == 1
+        held.go.set()
+        while thread.submitted:
+            await thread.moved.wait()
+        assert [ahead async for ahead in line] == [0]
+
+    run(test)
+
+
 def test_a_streamer_cancelled_in_the_line_does_not_stay_in_it():
     async def test() -> None:
         thread, held = new_thread(), Held()
@@ -192,7 +207,7 @@ def test_a_process_that_was_suspended_is_no_stall():
         streamer = await held.submit_to(thread)
         time.sleep(0.6)  # noqa: ASYNC251 - nothing moves, neither the model nor the loop
         await asyncio.sleep(0.001)  # the loop wakes first
-        thread.watchdog.note_progress()
+        thread.note_progress()
         held.go.set()
         assert await read(streamer) == ""
         thread.check()
@@ -208,7 +223,7 @@ def test_a_long_reply_with_progress_is_no_stall():
         def slowly(streamer: ReplyStreamer) -> None:
             for _ in range(8):
                 stop.wait(0.1)
-                thread.watchdog.note_progress()
+                thread.note_progress()
             streamer.end()
 
         thread.submit(streamer, slowly)

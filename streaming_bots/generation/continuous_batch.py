@@ -1,7 +1,5 @@
 """The engine that writes many replies together. Replies join and leave the running batch."""
 
-import logging
-
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import (
     infer_max_single_request_tokens,
@@ -15,8 +13,6 @@ from streaming_bots.generation.padding import batch_context
 from streaming_bots.generation.streamer import ReplyStreamer, min_interval
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import ContinuousBatchSettings
-
-logger = logging.getLogger("ray.serve")
 
 
 class ContinuousBatch(Engine):
@@ -41,7 +37,7 @@ class ContinuousBatch(Engine):
         shares = settings.prefix_cache_mb > 0
         self.manager = start_manager(model, context, rows, settings.cache_tokens, shares)
         self.cached_tokens = self.manager.batch_processor.scheduler.cached_tokens
-        watch_layers(model, self.watchdog.note_progress)
+        watch_layers(model, self.note_progress)
         cache = self.manager.batch_processor.cache
         # One request cannot fill a cache in which full and sliding attention take whole sectors.
         # With a short window, it could have more tokens than the setting `cache_tokens` allows.
@@ -83,7 +79,7 @@ class ContinuousBatch(Engine):
 
     def _take(self, streamer: ReplyStreamer, output: GenerationOutput) -> None:
         """Called on the event loop for every token, with all tokens of the reply so far."""
-        self.watchdog.note_progress()  # a CUDA graph computes without calling the layers' hooks
+        self.note_progress()  # a CUDA graph computes without calling the layers' hooks
         if streamer not in self.requests:
             return  # it was cancelled
         if output.error is not None:

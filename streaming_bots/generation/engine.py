@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
+from itertools import takewhile
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from streaming_bots.errors import TooManyWaiting
-from streaming_bots.generation.watchdog import Watchdog
+from streaming_bots.errors import ModelStalled, TooManyWaiting
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
 
@@ -49,7 +50,9 @@ class Engine(ABC):
         self.running: set[Streamer] = set()  # those of them that have begun
         self.moved = asyncio.Event()  # set and replaced when either changes
         self.error: Exception | None = None
-        self.watchdog = Watchdog(settings.stall_timeout_s, self.has_work, self.give_up)
+        self.stall_timeout_s = settings.stall_timeout_s
+        self.progress = 0.0  # when the model last made some, by time.monotonic
+        self.watching: asyncio.TimerHandle | None = None
 
     def submit(self, streamer: Streamer) -> None:
         """Queue a streamer. If a place is free, its reply begins at once.
@@ -60,8 +63,11 @@ class Engine(ABC):
         without_place = len(self.submitted) - self.places
         if self.max_waiting is not None and without_place >= self.max_waiting:
             raise TooManyWaiting(f"{self.max_waiting} prompts already wait for the model")
-        self.watchdog.expect_progress()
+        if self.watching is None or not self.has_work():
+            self.note_progress()  # the time without work does not count
         self.submitted[streamer] = None
+        if self.watching is None:
+            self._look()
         self._start(streamer)
         self._changed()
 
@@ -71,15 +77,16 @@ class Engine(ABC):
         Stops when the reply begins. If a place is free for it, yields nothing.
         """
         told = 0
-        while not streamer.done:
-            ahead = self._ahead(streamer)
+        while streamer in self.submitted and streamer not in self.running and not streamer.done:
+            earlier = takewhile(lambda other: other is not streamer, self.submitted)
+            ahead = max(0, sum(not other.done for other in earlier) - self.places + 1)
             if ahead != told:
                 told = ahead
                 yield ahead
-            elif streamer in self.submitted and streamer not in self.running:
-                await self.moved.wait()
             else:
-                return
+                await self.moved.wait()
+        if told and not streamer.done:
+            yield 0
 
     def has_work(self) -> bool:
         """Whether the model must make progress."""
@@ -107,24 +114,35 @@ class Engine(ABC):
                 streamer.fail(error)
                 self.cancel(streamer)
 
+    def note_progress(self) -> None:
+        """Note that the model computes. Any thread may call this."""
+        self.progress = time.monotonic()
+
+    def _look(self, stood_at: float | None = None) -> None:
+        """The watchdog: give up after `stall_timeout_s` seconds of work without progress.
+
+        `stood_at` is the last progress if the model seemed to hang before.
+        """
+        self.watching = None
+        if not self.has_work():
+            return  # `submit` calls it again
+        look_in = asyncio.get_running_loop().call_later
+        progress = self.progress
+        if (left := progress + self.stall_timeout_s - time.monotonic()) > 0:
+            self.watching = look_in(left, self._look)
+        elif progress != stood_at:
+            # If the whole process was suspended, the model continues only now. So look once more.
+            self.watching = look_in(self.stall_timeout_s / 10, self._look, progress)
+        else:
+            self.give_up(ModelStalled(f"the model made no progress for {self.stall_timeout_s} s"))
+
     @abstractmethod
     def _start(self, streamer: Streamer) -> None:
         """Run the model for a streamer, now or later."""
 
-    def _ahead(self, streamer: Streamer) -> int:
-        earlier = 0
-        for other in self.submitted:
-            if other is streamer:
-                return 0 if streamer in self.running else max(0, earlier - self.places + 1)
-            earlier += not other.done
-        return 0
-
-    def _waiting(self) -> int:
-        return len(self.submitted) - len(self.running)
-
     def _changed(self) -> None:
         if self.metrics is not None:
-            self.metrics.waiting.set(self._waiting())
+            self.metrics.waiting.set(len(self.submitted) - len(self.running))
             self.metrics.running.set(len(self.running))
         self.moved.set()
         self.moved = asyncio.Event()

@@ -41,7 +41,7 @@ class ModelThread(Engine):
         self.prefixes = PrefixCache(model, room)
         self.loop = asyncio.get_running_loop()
         self.jobs: SimpleQueue[Streamer] = SimpleQueue()  # at most one
-        watch_layers(model, self.watchdog.note_progress)
+        watch_layers(model, self.note_progress)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
@@ -74,7 +74,7 @@ class ModelThread(Engine):
     def _run(self) -> None:
         while True:
             streamer = self.jobs.get()
-            self.watchdog.note_progress()
+            self.note_progress()
             try:
                 if streamer.done:  # its readers have just left
                     streamer.end()
@@ -93,7 +93,7 @@ class ModelThread(Engine):
                 death.__cause__ = error
                 self._on_loop(self.give_up, death)
                 return
-            self.watchdog.note_progress()
+            self.note_progress()
             self._on_loop(self._ended, streamer)
             del streamer  # an idle thread would keep its prompt and its reply
 
