@@ -1,5 +1,6 @@
 """Padding: batches of prompts of unequal lengths, and how they continue after a row ends."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ def can_cut_cache(model: PreTrainedModel) -> bool:
 
     Some models have no cache, keep some of it elsewhere, or read everything again on top of it.
     """
-    return in_a_thread(try_cut, model)
+    rows = torch.arange(2 * LENGTH, device=model.device).view(2, LENGTH)
+    last = torch.tensor([1], device=model.device)
+    return in_a_thread(can_continue, model, rows, lambda cache: cache.reorder_cache(last))
 
 
 def keep_rows(
@@ -120,29 +123,31 @@ def logits_of_reply(model: PreTrainedModel, length: int, pads: int = 0) -> torch
     return recorder.logits
 
 
-def try_cut(model: PreTrainedModel) -> bool:
-    prompts = torch.arange(2 * LENGTH, device=model.device).view(2, LENGTH)
-    output = next_token(model, prompts, torch.ones_like(prompts))
-    going_on, cache = output.sequences[1:], output.past_key_values
-    mask = torch.ones_like(going_on)
-    if type(cache) is not DynamicCache:
-        return False
+def can_continue(
+    model: PreTrainedModel, rows: torch.Tensor, cut: Callable[[DynamicCache], None]
+) -> bool:
+    """Whether the last row continues from what `cut` leaves of the cache as it does without one.
+
+    `cut` may raise an error for a cache that it cannot cut.
+    """
     try:
-        cache.reorder_cache(torch.tensor([1], device=model.device))
-        cut = next_token(model, going_on, mask, past_key_values=cache)
+        output = next_token(model, rows)
+        prompt, cache = output.sequences[-1:], output.past_key_values
+        if type(cache) is not DynamicCache:
+            return False
+        cut(cache)
+        continued = next_token(model, prompt, past_key_values=cache)
     except Exception:
         return False
-    return are_alike(cut.logits[0], next_token(model, going_on, mask).logits[0], model)
+    return are_alike(continued.logits[0], next_token(model, prompt).logits[0], model)
 
 
-def next_token(
-    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, **options: Any
-) -> Any:
+def next_token(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> Any:
     """Generate one token. The output's `logits` hold one tensor of (rows, vocabulary size)."""
     with precise(model):
         return model.generate(
             input_ids,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(input_ids),
             max_new_tokens=1,
             output_logits=True,
             return_dict_in_generate=True,

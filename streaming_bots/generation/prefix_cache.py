@@ -10,12 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from streaming_bots.generation.engine import Streamer
-from streaming_bots.generation.padding import (
-    LENGTH,
-    are_alike,
-    batch_context,
-    next_token,
-)
+from streaming_bots.generation.padding import LENGTH, batch_context, can_continue
 from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.operations.machine import in_a_thread
 
@@ -95,16 +90,10 @@ def can_crop(model: PreTrainedModel) -> bool:
     "longrope", keys also depend on the length of their prompt.
     """
     prompt = torch.arange(2 * LENGTH, device=model.device)[None]
-    mask = torch.ones_like(prompt)
-    try:
-        if batch_context(model, sys.maxsize) < sys.maxsize:
-            return False
-        whole = next_token(model, prompt, mask)
-        cache = whole.past_key_values
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return False
-        cache.crop(-LENGTH)
-        continued = next_token(model, prompt, mask, past_key_values=cache)
-    except Exception:
-        return False
-    return are_alike(continued.logits[0], whole.logits[0], model)
+    return can_continue(model, prompt, crop) and batch_context(model, sys.maxsize) == sys.maxsize
+
+
+def crop(cache: DynamicCache) -> None:
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise ValueError("a layer does not keep all keys and values")
+    cache.crop(-LENGTH)
