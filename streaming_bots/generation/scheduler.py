@@ -69,8 +69,6 @@ class RoomScheduler(FIFOScheduler):
 
     def _known_pages(self, state: RequestState) -> list[int]:
         """Return the pages that begin a waiting prompt, as far as they are in the cache."""
-        if not self.cache.use_prefix_sharing:
-            return []
         pages: list[int] = self._pages().match_prefix_blocks(state.remaining_prefill_tokens)
         return pages
 

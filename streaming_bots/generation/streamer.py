@@ -100,7 +100,6 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
 
     text: TokenQueue[str] = field(default_factory=TokenQueue, init=False)
     past_key_values: Cache | None = field(default=None, init=False)  # for `generate`
-    seen_prompt: bool = field(default=False, init=False)
     complete: bool = field(default=False, init=False)  # the model has written all of it
     read_to_end: bool = field(default=False, init=False)
 
@@ -113,9 +112,7 @@ class ReplyStreamer(ReplyState, BaseStreamer, StoppingCriteria):
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, shape (1, prompt length), and then one token at a time, shape (1,)."""
-        if not self.seen_prompt:
-            self.seen_prompt = True
-        elif not self.decoder.stopped:  # else `generate` stops after one more token
+        if value.dim() == 1 and not self.decoder.stopped:  # after that, one more token comes
             self.add(int(value))
 
     def add(self, token: int) -> None:

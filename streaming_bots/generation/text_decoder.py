@@ -33,18 +33,16 @@ class TextDecoder:
         text = self._next(token) if self.backend else self._rest()
         if not self.backend and text.endswith("\ufffd"):  # bytes that form no character yet
             return ""
-        self.decoded += len(text)
         return self._until_stop(text)
 
     def flush(self) -> str:
         """Return the text still held back when a reply ends; half a character is decoded as is."""
-        text = self._rest()
-        self.decoded += len(text)
-        text, self.held = self._until_stop(text) + self.held, ""
+        text, self.held = self._until_stop(self._rest()) + self.held, ""
         return text
 
     def _until_stop(self, text: str) -> str:
-        """Return the text up to a stop string, or hold back what may be the beginning of one."""
+        """Return the new text up to a stop string, or hold back what may begin one."""
+        self.decoded += len(text)
         if self.stopped:
             return ""
         text, self.held = self.held + text, ""

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -107,11 +106,15 @@ def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
 def _to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     levels = input_levels()
     input_ids = torch.tensor([sample])
-    largest = largest_inputs(model, input_ids)
-    for name in layers_of(model):  # each frees its old weights
+    names = [name for name, module in model.named_modules() if type(module) in LAYERS]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note_largest) for name in names]
+    model(input_ids)
+    for hook in hooks:
+        hook.remove()
+    for name in names:  # each frees its old weights
         layer: Any = model.get_submodule(name)
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        inputs = largest.get(name, torch.ones(weight.shape[1]))
+        inputs = getattr(layer, "largest", torch.ones(weight.shape[1]))
         model.set_submodule(name, Int8Linear(weight, layer.bias, inputs, levels))
     embeddings: list[Any] = [each for each in model.modules() if isinstance(each, nn.Embedding)]
     weights = [each._parameters.pop("weight").detach() for each in embeddings]
@@ -122,25 +125,9 @@ def _to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     model(input_ids)
 
 
-def layers_of(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in model.named_modules() if type(module) in LAYERS]
-
-
-def largest_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the largest magnitudes, (inputs,) in float32, by the names of the layers."""
-    largest: dict[str, torch.Tensor] = {}
-
-    def note(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        largest[name] = inputs[0].flatten(end_dim=-2).abs().amax(0).float()
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(note, name))
-        for name in layers_of(model)
-    ]
-    model(input_ids)
-    for hook in hooks:
-        hook.remove()
-    return largest
+def note_largest(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Set `layer.largest` to the largest magnitudes of its inputs, (inputs,) in float32."""
+    layer.largest = inputs[0].flatten(end_dim=-2).abs().amax(0).float()
 
 
 def input_levels() -> int:
