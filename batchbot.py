@@ -40,7 +40,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # One list for each step, with all rows: the row, the text that the step completed, and the
         # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # a GPU may then compute one more step, which `generate` drops
+        self.stopped = False  # where `generate` checks late, a step may follow, which it drops
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 

@@ -53,7 +53,7 @@ CHAT_OPTIONS: dict[str, Any] = {
 }
 
 
-class BotSettings(AccessSettings, allow_inf_nan=False, use_attribute_docstrings=True):
+class BotSettings(AccessSettings, allow_inf_nan=False):
     """The settings of all bots, on the command line or as `args:` in a Serve config file."""
 
     max_waiting: ClassVar[int | None] = None  # prompts that may wait; None: Serve limits them

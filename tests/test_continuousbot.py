@@ -41,6 +41,7 @@ from transformers import (
     Gemma3TextConfig,
     GPTJConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MambaConfig,
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -567,6 +568,33 @@ def test_a_request_reads_only_its_own_keys_and_values(loaded, monkeypatch):
     assert longest < max(lengths) <= longest + 1 + 8  # with the end of a turn, and the reply
     joined = next(place for place, length in enumerate(later_lengths) if length > longest)
     assert min(later_lengths[joined:]) < longest // 2  # while the longest runs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL),
+        Gemma3TextConfig(**GEMMA.to_dict() | {"layer_types": None, "sliding_window": 8}),
+    ],
+    ids=["grouped-query", "sliding window"],
+)
+def test_any_attention_computes_requests_of_a_step_together_as_alone(config):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [list(range(length, 2 * length)) for length in (3, 20, 23, 5, 40, 24)]
+    expected = [
+        model.generate(torch.tensor([ids]), max_new_tokens=12)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
+    manager = kv_cache.start_manager(model, context=128, rows=4)  # so two join later
+    for number, ids in enumerate(prompts):
+        manager.add_request(ids, str(number), max_new_tokens=12, sampler=None)
+    written = {}
+    while len(written) < len(prompts):
+        output = manager.get_result(timeout=HANG_S)
+        assert output is not None and output.error is None
+        written[int(output.request_id)] = output.generated_tokens
+    manager.stop(hard_stop=True)
+    assert [written[number] for number in range(len(prompts))] == expected
 
 
 async def known_pages(batch: ContinuousBatch, loaded: LoadedModel, first: int, pages: int) -> int:

@@ -14,7 +14,7 @@ from starlette.types import Message as ASGIMessage
 from starlette.websockets import WebSocketState
 
 from streaming_bots.bot import Bot, Reply
-from streaming_bots.chat.protocol import CHAT_V1, JsonProtocol, PlainProtocol
+from streaming_bots.chat.protocol import CHAT_V1, JsonProtocol, MessageKind, PlainProtocol
 from streaming_bots.errors import Refusal, Restarting, TooManyWaiting, close_code, describe
 from streaming_bots.generation.reply import ReplyState
 from streaming_bots.generation.sampling import ReplyOptions
@@ -171,7 +171,7 @@ class ChatConnection:
     async def send_text(self, text: str) -> None:
         await self.send("text", text=text)
 
-    async def send(self, kind: str, **fields: Any) -> None:
+    async def send(self, kind: MessageKind, **fields: Any) -> None:
         """Tell the client something. `ChatProtocol.write` lists the kinds and their fields."""
         for message in self.protocol.write(kind, **fields):
             if self.ws.application_state is WebSocketState.CONNECTED:  # it may be closing

@@ -26,6 +26,7 @@ from streaming_bots.http.request import (
 from streaming_bots.models.prompt import check_size
 
 CHAT_V1 = "chat.v1"
+MessageKind = Literal["waiting", "text", "done", "error", "pong"]
 
 
 class ChatProtocol(ABC):
@@ -45,7 +46,7 @@ class ChatProtocol(ABC):
         """Return the message's prompt, or "stop" or "ping". Raises a Refusal."""
 
     @abstractmethod
-    def write(self, kind: str, **fields: Any) -> list[str]:
+    def write(self, kind: MessageKind, **fields: Any) -> list[str]:
         """Return the text messages that tell the client something. Its kind decides the fields.
 
         - waiting: `ahead`, the number of replies that must end before this one begins
@@ -63,7 +64,7 @@ class PlainProtocol(ChatProtocol):
         check_size(text, self.prompt_budget)
         return TextRequest.model_construct(prompt=text, **self.options)
 
-    def write(self, kind: str, **fields: Any) -> list[str]:
+    def write(self, kind: MessageKind, **fields: Any) -> list[str]:
         """Write the pieces of the reply and its end. Split a piece that equals the marker."""
         if kind == "text":
             text = fields["text"]
@@ -97,5 +98,5 @@ class JsonProtocol(ChatProtocol):
             name = ".".join(str(part) for part in problem["loc"][1:])
             raise BadMessage(f"{name}: {problem['msg']}") from None
 
-    def write(self, kind: str, **fields: Any) -> list[str]:
+    def write(self, kind: MessageKind, **fields: Any) -> list[str]:
         return [json.dumps({"type": kind, **fields}, ensure_ascii=False)]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
-from transformers.generation.continuous_batching.cache_allocators.sliding_attention import (
-    SlidingAttentionCacheAllocator,
+from transformers.generation.continuous_batching.cache_allocators.full_attention import (
+    FullAttentionCacheAllocator,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -42,7 +42,7 @@ def attend_by_request(
     ends = options["cu_seq_lens_k"][allocator.layer_type]
     order, groups = group_requests(options["cu_seq_lens_q"], ends, attention_mask)
     cached = options["read_index"][allocator.index]
-    if len(cached) and not isinstance(allocator, SlidingAttentionCacheAllocator):
+    if len(cached) and type(allocator) is FullAttentionCacheAllocator:  # reads what it has written
         options["read_index"] = {allocator.index: cached[order]}
         key, value = cache.update(key, value, module.layer_idx, options)
     else:

@@ -58,8 +58,10 @@ def start_manager(
     MemoryError if the cache does not fit, and ValueError if transformers cannot batch the model.
     """
     # This must come first, since the manager changes the model's attention. The prompts are
-    # shorter than a page, since the manager would keep longer ones to share.
-    lengths = {LENGTH, min(PAGE_SIZE - 2 * STEPS, context - STEPS)}
+    # shorter than a page, since the manager would keep longer ones to share. On a CPU, the longest
+    # two attend in one call, in which the shorter one is padded.
+    longest = min(PAGE_SIZE - 2 * STEPS, context - STEPS)
+    lengths = {LENGTH, max(LENGTH, longest - LENGTH), longest}
     alone = {length: in_a_thread(logits_of_reply, model, length) for length in lengths}
     SCHEDULER_MAPPING[RoomScheduler.name] = RoomScheduler
     on_gpu = model.device.type == "cuda"

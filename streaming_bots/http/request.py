@@ -28,7 +28,7 @@ MAX_NAME = 100  # characters of a parameter's name in it
 Model = TypeVar("Model", bound=ReplyOptions)
 
 
-class TextRequest(ReplyOptions, use_attribute_docstrings=True):
+class TextRequest(ReplyOptions):
     """A prompt and the options of its reply."""
 
     prompt: str = Field(json_schema_extra={"pattern": r"\S"})

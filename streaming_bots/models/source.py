@@ -66,18 +66,21 @@ def resolve(name: str) -> Source:
         return Source(name, str(BUNDLED_FOLDER), options)
     try:
         folder = Path(place).expanduser().resolve()
-        if folder.is_dir():
-            if not any((folder / file).is_file() for file in weights):
-                raise source.problem(f"the folder {folder} has no {' or '.join(weights)}")
-            name = f"{folder}:{gguf_file}" if gguf_file else str(folder)
-            return Source(name, str(folder), options)
-        if place.startswith((".", "/", "~")) or place.count("/") > 1:
-            raise source.problem(f"there is no folder {folder}")
-        if any(is_cached(place, file) for file in weights):
-            return Source(name, place, options | {"local_files_only": True})
-    except (OSError, RuntimeError, HFValidationError) as error:
-        # The name is too long, its user does not exist, or no hub id has such characters.
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # the name is too long, or its user does not exist
         raise source.problem("neither a folder nor a hub id", error) from None
+    if is_folder:
+        if not any((folder / file).is_file() for file in weights):
+            raise source.problem(f"the folder {folder} has no {' or '.join(weights)}")
+        return Source(f"{folder}:{gguf_file}" if gguf_file else str(folder), str(folder), options)
+    if place.startswith((".", "/", "~")) or place.count("/") > 1:
+        raise source.problem(f"there is no folder {folder}")
+    try:
+        cached = any(is_cached(place, file) for file in weights)
+    except HFValidationError as error:
+        raise source.problem("neither a folder nor a hub id", error) from None
+    if cached:
+        return Source(name, place, options | {"local_files_only": True})
     if problem := hub_problem(place):
         raise ModelError(
             f"model {name!r}: neither in the Hugging Face cache nor available from the hub "
