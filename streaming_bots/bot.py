@@ -18,6 +18,7 @@ from streaming_bots.models.loaded_model import load_model
 from streaming_bots.models.prompt import Message, encode, system_messages, token_limits
 from streaming_bots.operations.drain import Drain
 from streaming_bots.operations.log import traceback_once
+from streaming_bots.operations.machine import in_a_thread
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
 
@@ -53,11 +54,9 @@ class Bot(ABC):
         logger.addFilter(traceback_once)
         self.settings = settings
         torch.set_num_threads(settings.threads())  # instead of Ray's default, the reserved cores
-        name, self.model, self.tokenizer, context = load_model(
-            settings.model,
-            settings.dtype,
-            settings.fallback,
-            device="cuda" if settings.num_gpus else "cpu",
+        device = "cuda" if settings.num_gpus else "cpu"
+        name, self.model, self.tokenizer, context = in_a_thread(
+            load_model, settings.model, settings.dtype, settings.fallback, device
         )
         self.model_name = settings.served_model_name or name
         self.created = int(time.time())
