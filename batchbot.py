@@ -160,7 +160,7 @@ class Batchbot(Bot):
             self.model_is_free.set()
 
     def generate_text(self, streamer: RawStreamer) -> None:
-        """Run the model. Its logits processor draws by each row's seed, and masks other tokens."""
+        """Run the model. The logits processor samples by each row's seed: the drawn token wins."""
         ids = {"input_ids": [row.input_ids for row in streamer.rows]}
         inputs = self.tokenizer.pad(ids, return_attention_mask=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)  # with a mask by which the model ignores the padding

@@ -89,7 +89,7 @@ class Chatbot(Bot):
         return Reply(state=streamer, chunks=self.consume_streamer(streamer))  # state: how it ended
 
     def generate_text(self, streamer: ReplyStreamer) -> None:
-        """Run the model. Its logits processor draws by the reply's seed, and masks other tokens."""
+        """Run the model. The logits processor samples by the reply's seed: the drawn token wins."""
         prompt = torch.tensor([streamer.input_ids], device=self.model.device)
         self.model.generate(
             prompt,

@@ -40,15 +40,18 @@ def check_padding(model: PreTrainedModel) -> None:
 
     Some models ignore the attention mask, or shift the prompt's positions by the padding.
     """
-    alone, *padded = (
-        in_a_thread(logits_of_reply, model, LENGTH, pads) for pads in (0, LENGTH // 2, 4 * LENGTH)
-    )
-    if not all(are_alike(logits, alone, model) for logits in padded):
+    if in_a_thread(padding_changes, model):
         raise ValueError(
             f"transformers cannot batch {model.config.model_type}: it reads the padding before "
             "short prompts, so that replies would depend on the rest of the batch; the Textbot and "
             "the Chatbot can use it"
         )
+
+
+def padding_changes(model: PreTrainedModel) -> bool:
+    """Whether a reply's logits depend on padding before its prompt."""
+    alone, *padded = (logits_of_reply(model, LENGTH, pads) for pads in (0, LENGTH // 2, 4 * LENGTH))
+    return not all(are_alike(logits, alone, model) for logits in padded)
 
 
 def can_cut_cache(model: PreTrainedModel) -> bool:
