@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepped_bots import stepped
 from tokenizers.normalizers import Replace
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -384,6 +385,15 @@ def test_a_client_that_does_not_read_its_reply_is_no_stall(loaded):
     asyncio.run(test())
 
 
+def end_stalled(batch: ContinuousBatch, hook: RemovableHandle, go: threading.Event) -> None:
+    """Check that a batch is ill after a stall, and let its thread, which a hook holds, end."""
+    with pytest.raises(ModelStalled):
+        batch.check()
+    hook.remove()
+    go.set()
+    batch.manager.stop(hard_stop=True)
+
+
 def test_a_stall_is_noticed_even_if_all_clients_have_left(loaded):
     async def test() -> None:
         batch = new_batch(loaded.model, 128, 2, stall_timeout_s=0.5)
@@ -405,11 +415,7 @@ def test_a_stall_is_noticed_even_if_all_clients_have_left(loaded):
         await asyncio.to_thread(begun.wait, HANG_S)
         batch.cancel(streamer)
         await asyncio.wait_for(given_up.wait(), HANG_S)
-        with pytest.raises(ModelStalled):
-            batch.check()
-        hook.remove()
-        go.set()
-        batch.manager.stop(hard_stop=True)
+        end_stalled(batch, hook, go)
 
     asyncio.run(test())
 
@@ -426,11 +432,7 @@ def test_the_time_without_work_is_no_stall(loaded):
         batch.submit(streamers[1])
         await asyncio.wait_for(streamers[1].text.ended.wait(), HANG_S)
         assert time.monotonic() - began >= 0.5
-        with pytest.raises(ModelStalled):
-            batch.check()
-        hook.remove()
-        go.set()
-        batch.manager.stop(hard_stop=True)
+        end_stalled(batch, hook, go)
 
     asyncio.run(test())
 
