@@ -18,7 +18,6 @@ from streaming_bots.models.loaded_model import load_model
 from streaming_bots.models.prompt import Message, encode, system_messages, token_limits
 from streaming_bots.operations.drain import Drain
 from streaming_bots.operations.log import traceback_once
-from streaming_bots.operations.machine import in_a_thread
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
 
@@ -55,8 +54,8 @@ class Bot(ABC):
         self.settings = settings
         torch.set_num_threads(settings.threads())  # instead of Ray's default, the reserved cores
         device = "cuda" if settings.num_gpus else "cpu"
-        name, self.model, self.tokenizer, context = in_a_thread(
-            load_model, settings.model, settings.dtype, settings.fallback, device
+        name, self.model, self.tokenizer, context = load_model(
+            settings.model, settings.dtype, settings.fallback, device
         )
         self.model_name = settings.served_model_name or name
         self.created = int(time.time())

@@ -202,7 +202,8 @@ class Relay:
 
 def test_the_page_treats_a_silent_connection_as_lost(page, chatbot):
     relay = Relay(page)
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1)  # from here on, it runs only when told to
     visit(page, chatbot)
     for number in range(3):  # while the bot is there, its pongs come
         page.clock.run_for(PING_MS)
@@ -221,7 +222,8 @@ def test_the_page_treats_a_silent_connection_as_lost(page, chatbot):
 
 def test_the_page_does_not_wake_an_idle_bot_before_the_user_types(page, chatbot):
     relay = Relay(page)
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1)  # from here on, it runs only when told to
     visit(page, chatbot)
     relay.routes[0].close(code=1012, reason="this replica ends")
     expect(page.get_by_role("status")).to_have_text("disconnected: type to connect again")

@@ -1,6 +1,5 @@
 """loaded_model.py and source.py: what a name loads, how fast, and what errors say."""
 
-import asyncio
 import json
 import logging
 import os
@@ -20,16 +19,18 @@ import torch
 from bot_fixtures import EMOJI_PROMPT, EMOJI_REPLY, REPOSITORY
 from huggingface_hub import constants
 from scripted_model import byte_tokenizer, name_end_tokens
-from transformers import AutoTokenizer, BertConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+    T5Config,
+)
 
-from streaming_bots import bot
-from streaming_bots.bot import Bot, Reply
-from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models import loading_progress
-from streaming_bots.models.loaded_model import LoadedModel, check_model, load_model
-from streaming_bots.models.prompt import Message, UnknownToken, encode
+from streaming_bots.models.loaded_model import check_model, load_model
+from streaming_bots.models.prompt import UnknownToken, encode
 from streaming_bots.models.source import BUNDLED, ModelError, Source, resolve
-from streaming_bots.settings import BotSettings
 
 NAME = "somebody/some-model"
 
@@ -303,23 +304,16 @@ def test_a_long_load_reports_its_download_and_the_elapsed_time(
     assert not any(thread.name == "loading" for thread in threading.enumerate())
 
 
-class SilentBot(Bot):
-    async def start_reply(self, messages: list[Message], options: ReplyOptions) -> Reply:
-        raise NotImplementedError
-
-
-def test_a_bot_loads_its_model_in_a_thread_that_ends(monkeypatch):
-    """Otherwise, it keeps OpenMP threads. With more of them than cores, all sleep at barriers."""
+def test_a_model_is_loaded_in_a_thread_that_ends(monkeypatch):
+    """Otherwise, the caller keeps OpenMP threads. With more than cores, all sleep at barriers."""
+    from_pretrained = AutoModelForCausalLM.from_pretrained
     threads = []
 
-    def load_and_note(*arguments: Any, **options: Any) -> LoadedModel:
+    def load_and_note(*arguments: Any, **options: Any) -> PreTrainedModel:
         threads.append(threading.current_thread())
-        return load_model(*arguments, **options)
+        return from_pretrained(*arguments, **options)
 
-    async def start() -> None:
-        SilentBot(BotSettings(model=BUNDLED))
-
-    monkeypatch.setattr(bot, "load_model", load_and_note)
-    asyncio.run(start())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_and_note)
+    load_model(BUNDLED)
     (thread,) = threads
     assert thread is not threading.current_thread() and not thread.is_alive()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from streaming_bots.operations.machine import in_a_thread, returning_freed_memory
+from streaming_bots.operations.machine import returning_freed_memory
 
 LAYERS = (nn.Linear, Conv1D)
 TINY = torch.finfo(torch.float32).tiny
@@ -92,18 +92,13 @@ def precise(model: nn.Module) -> Iterator[None]:
             layer.is_precise = False
 
 
+@torch.no_grad()
 def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     """Replace a model's linear layers, and GPT-2's Conv1D, with Int8Linear layers.
 
     `sample` is SAMPLE as token ids. The other layers compute in float32, but embeddings keep their
     dtype. Raises an error if this processor, or the model, cannot do so.
     """
-    with returning_freed_memory():
-        in_a_thread(_to_int8, model, sample)
-
-
-@torch.no_grad()
-def _to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     levels = input_levels()
     input_ids = torch.tensor([sample])
     names = [name for name, module in model.named_modules() if type(module) in LAYERS]
@@ -111,11 +106,12 @@ def _to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     model(input_ids)
     for hook in hooks:
         hook.remove()
-    for name in names:  # each frees its old weights
-        layer: Any = model.get_submodule(name)
-        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        inputs = getattr(layer, "largest", torch.ones(weight.shape[1]))
-        model.set_submodule(name, Int8Linear(weight, layer.bias, inputs, levels))
+    with returning_freed_memory():
+        for name in names:
+            layer: Any = model.get_submodule(name)
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            inputs = getattr(layer, "largest", torch.ones(weight.shape[1]))
+            model.set_submodule(name, Int8Linear(weight, layer.bias, inputs, levels))
     embeddings: list[Any] = [each for each in model.modules() if isinstance(each, nn.Embedding)]
     weights = [each._parameters.pop("weight").detach() for each in embeddings]
     nn.Module.float(model).requires_grad_(False)  # transformers has a `float` that refuses GGUF

@@ -19,6 +19,7 @@ from transformers import (
 from streaming_bots.models.int8 import SAMPLE, to_int8
 from streaming_bots.models.loading_progress import report_progress
 from streaming_bots.models.source import ModelError, Source, resolve
+from streaming_bots.operations.machine import in_a_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +41,10 @@ def load_model(
     there is none. `device` is "cpu", or "cuda" for the first GPU that this process sees: in a
     replica, the one that Ray has reserved. Replies are greedy, whatever the model's config says.
     """
+    return in_a_thread(_load_model, name, dtype, fallback, device)
+
+
+def _load_model(name: str, dtype: str, fallback: str | None, device: str) -> LoadedModel:
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             f"model {name!r}: a GPU is reserved for it, but torch {torch.__version__} sees none; "
@@ -72,7 +77,7 @@ def load_model(
         if fallback is None:
             raise
         logger.warning(f"{error}, and start again. Until then, {fallback} answers in its place.")
-        return load_model(fallback, dtype, device=device)
+        return _load_model(fallback, dtype, None, device)
     model.to(device)
     model.generation_config = greedy_config(model, tokenizer)
     return LoadedModel(source.served_name, model, tokenizer, context)
