@@ -191,8 +191,11 @@ def watch(
             thread.join()
     if not console.is_terminal:
         print()
-    if all(row.outcome == "refused 405" for row in rows):
+    outcomes = {row.outcome for row in rows}
+    if outcomes == {"refused 405"}:
         print("the Chatbot? add --url ws://localhost:8000/", file=sys.stderr)
+    elif outcomes == {"refused 403"} and options.url.startswith("ws"):
+        print("not the Chatbot? add --url http://localhost:8000/", file=sys.stderr)
 
 
 if __name__ == "__main__":

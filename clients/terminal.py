@@ -16,7 +16,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from websockets.exceptions import WebSocketException
 
-HELP = "Alt-Enter breaks a line, Ctrl-C stops a reply, /reset begins anew, /quit or Ctrl-D leaves."
+HELP = "Alt-Enter breaks a line, Ctrl-C stops a reply, /reset starts anew, /quit or Ctrl-D leaves."
 STOP = '{"type": "stop"}'
 keys = KeyBindings()
 
@@ -55,8 +55,11 @@ def prompts() -> Iterator[str | None]:
     while True:
         try:
             typed = session.prompt()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
+        except KeyboardInterrupt:  # it may have been meant for a reply that has just ended
+            print(HELP, file=sys.stderr)
+            continue
         if typed.strip() == "/quit":
             return
         if typed.strip() == "/reset":

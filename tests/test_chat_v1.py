@@ -195,7 +195,7 @@ def test_a_waiting_client_is_told_how_many_prompts_are_ahead(one_at_a_time, load
         (b"Hello!", "a message is JSON in a text message, not a binary one"),
         ("Hello!", "the message is not a JSON object"),
         ("[]", "the message is not a JSON object"),
-        ("{}", 'a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}'),
+        ("{}", 'a message is {"type": "prompt", "prompt": ...}, a "stop" or a "ping"'),
         ('{"type": "stop", "now": 1}', "a message is"),
         ('{"type": "prompt"}', "prompt: Field required"),
         ('{"type": "prompt", "prompt": " "}', "prompt: Value error, a blank prompt has no reply"),

@@ -12,7 +12,7 @@ from bot_fixtures import CHAT_MAX_NEW_TOKENS, EMOJI_PROMPT, EMOJI_REPLY, WITH_KE
 from callers import ChatCaller, ask, receive
 from engines import limits_of, reply_options
 from fastapi import WebSocket
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import ActorDiedError, TaskCancelledError
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
@@ -289,14 +289,15 @@ def socket_that_receives(*messages: dict[str, Any]) -> tuple[WebSocket, list[str
     return WebSocket({"type": "websocket", "subprotocols": []}, receive, send), sent
 
 
-def test_a_read_that_serve_cancels_is_treated_as_a_client_that_has_left(caplog):
-    """Serve does this when many clients leave at once."""
+@pytest.mark.parametrize("error", [TaskCancelledError, ActorDiedError])
+def test_a_read_that_serve_ends_is_treated_as_a_client_that_has_left(error, caplog):
+    """Serve cancels reads when many clients leave at once. On Ctrl-C, its proxy dies."""
 
     async def open_chat() -> None:
         ws, _ = socket_that_receives()
         await ws.accept()
         async with asyncio.timeout(HANG_S), connection_to(ws).open(), asyncio.TaskGroup():
-            raise TaskCancelledError
+            raise error
 
     asyncio.run(open_chat())
     assert not [record for record in caplog.records if record.name == "ray.serve"]

@@ -124,7 +124,7 @@ def chat_on_a_terminal(bot: Bot) -> tuple[Terminal, str]:
     return terminal, top
 
 
-@pytest.mark.parametrize("keys", ["\x03", "\x04", "/quit\r"], ids=["ctrl-c", "ctrl-d", "quit"])
+@pytest.mark.parametrize("keys", ["\x04", "/quit\r"], ids=["ctrl-d", "quit"])
 def test_a_user_can_chat_on_a_terminal_and_leave(bots: Bots, loaded, keys):
     terminal, top = chat_on_a_terminal(bots.chatbot)
     reply = reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
@@ -134,6 +134,20 @@ def test_a_user_can_chat_on_a_terminal_and_leave(bots: Bots, loaded, keys):
     assert terminal.end() == 0
     assert terminal.shown.startswith(f"{top}> Hello!\n{reply}\n>")
     assert "Traceback" not in terminal.shown
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_keeps_the_conversation(bots: Bots, loaded):
+    """It may have been meant for a reply that had just ended."""
+    terminal, top = chat_on_a_terminal(bots.chatbot)
+    terminal.type("Half a prom")
+    terminal.expect(f"{top}> Half a prom")
+    terminal.type("\x03")
+    terminal.expect(f"{top}> Half a prom\n{HELP}\n>")
+    reply = reference(loaded, ["Hello!"], CHAT_MAX_NEW_TOKENS)
+    terminal.type("Hello!\r")
+    terminal.expect(f"{top}> Half a prom\n{HELP}\n> Hello!\n{reply}\n>")
+    terminal.type("\x04")
+    assert terminal.end() == 0
 
 
 def test_a_user_can_type_several_lines_and_recall_an_earlier_prompt(bots: Bots, loaded):
@@ -391,6 +405,11 @@ def test_a_client_for_other_bots_names_the_one_to_use(bots: Bots):
     url = bots.textbot.http.replace("http", "ws")
     refused = run(CHAT, "--url", url, stdin="Hello!\n")
     assert refused.stderr.endswith("(not the Chatbot? ask it with clients/stream_client.py)\n")
+    assert refused.returncode == 1
+    refused = run(LOAD, "--url", bots.chatbot.http, "Hello!")
+    assert refused.stderr == "the Chatbot? add --url ws://localhost:8000/\n"
+    refused = run(LOAD, "--url", url, "Hello!")
+    assert refused.stderr == "not the Chatbot? add --url http://localhost:8000/\n"
     assert refused.returncode == 1
 
 

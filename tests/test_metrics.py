@@ -12,7 +12,7 @@ import ray
 import requests
 from bot_fixtures import HANG_S, Bot
 from callers import ChatCaller, HttpCaller
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve.metrics import Gauge
 from starlette.requests import ClientDisconnect
 from websockets.exceptions import ConnectionClosedError
@@ -144,7 +144,7 @@ def test_a_health_check_sets_the_gauges_again_since_ray_forgets_them(bots, monke
     assert {*told} == {("bot_requests_waiting", 0), ("bot_requests_running", 0)}
 
 
-@pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError])
+@pytest.mark.parametrize("left", [ClientDisconnect, TaskCancelledError, ActorDiedError])
 def test_a_client_that_leaves_while_its_request_is_read_counts_as_cancelled(left, monkeypatch):
     outcomes: list[str] = []
     bot = SimpleNamespace(metrics=SimpleNamespace(count=outcomes.append))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
-from ray.exceptions import TaskCancelledError
 from starlette.types import Message as ASGIMessage
 from starlette.websockets import WebSocketState
 
@@ -19,6 +18,7 @@ from streaming_bots.errors import Refusal, Restarting, TooManyWaiting, close_cod
 from streaming_bots.generation.reply import ReplyState
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer
+from streaming_bots.http.middleware import CLIENT_LEFT
 from streaming_bots.models.prompt import Message
 
 MAX_PROMPTS_AHEAD = 100  # that one client may send before it gets the replies
@@ -64,8 +64,8 @@ class ChatConnection:
         drain = asyncio.create_task(self._end_when_draining())
         try:
             yield
-        except* (WebSocketDisconnect, TaskCancelledError):
-            pass  # Serve cancels `receive` after a disconnect
+        except* (WebSocketDisconnect, *CLIENT_LEFT):
+            pass
         except* Exception as errors:
             error = errors.exceptions[0]
             if isinstance(error, Refusal):

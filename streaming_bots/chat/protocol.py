@@ -88,7 +88,7 @@ class JsonProtocol(ChatProtocol):
         if kind in ("stop", "ping") and not fields:
             return kind
         if kind != "prompt":
-            raise BadMessage('a message is {"type": "prompt", "prompt": ...} or {"type": "stop"}')
+            raise BadMessage('a message is {"type": "prompt", "prompt": ...}, a "stop" or a "ping"')
         try:
             return TextRequest.model_validate(
                 {**self.options, **fields}, context={"limit": self.max_new_tokens}

@@ -2,7 +2,7 @@
 
 from urllib.parse import quote
 
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import ActorDiedError, TaskCancelledError
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streaming_bots.bot import current_bot
 
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
-CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)  # what `receive` raises after a disconnect
+# What `receive` raises after a disconnect, or if Serve's proxy has ended, as it does on Ctrl-C
+CLIENT_LEFT = (ClientDisconnect, TaskCancelledError, ActorDiedError)
 
 
 class OutcomeMiddleware:
