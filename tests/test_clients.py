@@ -199,7 +199,7 @@ def test_ctrl_c_stops_a_reply_and_the_conversation_continues(bots: Bots, loaded)
     terminal.type("Hello!\r")
     reply = reference(loaded, [STORY, began, "Hello!"], CHAT_MAX_NEW_TOKENS)
     terminal.expect(f"{top}> {STORY}\n{began}^C (stopped)\n> Hello!\n{reply}\n>")
-    terminal.type("\x03")
+    terminal.type("\x04")
     assert terminal.end() == 0
 
 
