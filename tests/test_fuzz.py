@@ -168,6 +168,41 @@ def test_the_openapi_of_the_chatbot_has_openais_routes_alone(bots: Bots):
     assert description["paths"].keys() == {COMPLETIONS, "/v1/models", "/v1/models/{model}"}
 
 
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+
+
+def test_the_openapi_names_the_bounds_of_numbers(bots: Bots):
+    description = requests.get(f"{bots.textbot.http}openapi.json", timeout=HANG_S).json()
+
+    def bounds(path: str) -> dict[str, dict[str, float]]:
+        body = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        schemas = {
+            name: field.get("anyOf", [field])[0]
+            for name, field in body["schema"]["properties"].items()
+        }
+        numbers = {name: s for name, s in schemas.items() if s.get("type") in ("number", "integer")}
+        return {name: {key: s[key] for key in BOUNDS & s.keys()} for name, s in numbers.items()}
+
+    temperature = {"minimum": 0, "maximum": 2}
+    assert bounds("/") == {
+        "max_new_tokens": {"minimum": 1},
+        "temperature": temperature,
+        "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+        "top_k": {"minimum": 0},
+        "seed": {"minimum": 0, "exclusiveMaximum": 2**63},
+    }
+    assert bounds(COMPLETIONS) == {
+        "max_new_tokens": {"minimum": 1},
+        "max_tokens": {"minimum": 1},
+        "max_completion_tokens": {"minimum": 1},
+        "temperature": temperature,
+        "top_p": {"minimum": 0, "maximum": 1},
+        "top_k": {"minimum": -1},
+        "seed": {},
+        "n": {"minimum": 1, "maximum": 1},
+    }
+
+
 class Frame(NamedTuple):
     """A message in one or two fragments."""
 

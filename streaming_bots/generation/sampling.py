@@ -86,8 +86,8 @@ def refuse_boolean(value: object) -> object:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(refuse_boolean)]
-Real = Annotated[float, BeforeValidator(refuse_boolean)]
+# After a field's bounds: Pydantic leaves bounds that follow a validator out of the JSON schema
+NotBoolean = BeforeValidator(refuse_boolean)
 
 
 class ReplyOptions(BaseModel, extra="forbid", use_attribute_docstrings=True):
@@ -98,25 +98,23 @@ class ReplyOptions(BaseModel, extra="forbid", use_attribute_docstrings=True):
 
     whole: ClassVar[bool] = False  # if true, no message may be dropped to make a conversation fit
 
-    max_new_tokens: Integer = Field(json_schema_extra={"minimum": 1})
+    max_new_tokens: Annotated[int, NotBoolean] = Field(json_schema_extra={"minimum": 1})
     """Maximum number of tokens in the reply; the default is the bot's own limit."""
 
-    temperature: Real | None = Field(
+    temperature: Annotated[float, Field(ge=0, le=2), NotBoolean] | None = Field(
         default=None,
-        ge=0,
-        le=2,
         # A docstring of two lines would put a line break into the text for clients.
         description="Divides the logits: the higher, the more varied the reply. 0 takes the most "
         "likely token, as does a request without temperature, top_p, top_k and seed.",
     )
 
-    top_p: Real | None = Field(default=None, gt=0, le=1)
+    top_p: Annotated[float, Field(gt=0, le=1), NotBoolean] | None = None
     """Draw from the fewest tokens whose probabilities add up to this."""
 
-    top_k: Integer | None = Field(default=None, ge=0)
+    top_k: Annotated[int, Field(ge=0), NotBoolean] | None = None
     """Draw from this many of the most likely tokens; 0 is all."""
 
-    seed: Integer | None = Field(default=None, ge=0, lt=2**63)
+    seed: Annotated[int, Field(ge=0, lt=2**63), NotBoolean] | None = None
     """The same seed draws the same reply again."""
 
     stop: list[StopString] = Field(default=[], max_length=4)

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from streaming_bots.generation.sampling import Integer, Real, ReplyOptions
+from streaming_bots.generation.sampling import NotBoolean, ReplyOptions
 from streaming_bots.http.request import (
     MAX_NAME,
     MAX_PROBLEMS,
@@ -22,9 +22,10 @@ MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or tools' 
 
 # These take values that other servers allow: a `top_p` of 0 keeps only the most likely token, a
 # `top_k` of -1 keeps all tokens, and a seed may be negative.
-TopP = Annotated[Real, Field(ge=0, le=1), AfterValidator(lambda p: max(p, 1e-6))]
-TopK = Annotated[Integer, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
-Seed = Annotated[Integer, AfterValidator(lambda seed: seed % 2**63)]
+TopP = Annotated[float, Field(ge=0, le=1), NotBoolean, AfterValidator(lambda p: max(p, 1e-6))]
+TopK = Annotated[int, Field(ge=-1), NotBoolean, AfterValidator(lambda k: max(k, 0))]
+Seed = Annotated[int, NotBoolean, AfterValidator(lambda seed: seed % 2**63)]
+AtLeastOne = Annotated[int, Field(ge=1), NotBoolean]
 
 
 Role = Annotated[
@@ -74,14 +75,14 @@ class CompletionRequest(ReplyOptions):
 
     model: str | None = Field(default=None, description="The id in /v1/models, or its last part.")
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
-    max_tokens: Integer | None = Field(default=None, ge=1)
-    max_completion_tokens: Integer | None = Field(default=None, ge=1)
+    max_tokens: AtLeastOne | None = None
+    max_completion_tokens: AtLeastOne | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
     seed: Seed | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    n: Annotated[Integer, Field(ge=1, le=1)] = 1
+    n: Annotated[int, Field(ge=1, le=1), NotBoolean] = 1
     logprobs: Literal[False] = False
     modalities: Annotated[list[Literal["text"]], Field(max_length=2, fail_fast=True)] | None = None
     response_format: TextFormat | None = None
