@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 from unittest.mock import Mock
@@ -143,6 +144,27 @@ def test_an_exception_concerns_its_own_streamer_alone():
             await read(streamers[0])
         assert await read(streamers[1]) == "hello"
         thread.check()
+
+    run(test)
+
+
+def test_a_streamer_whose_run_failed_keeps_nothing_of_the_run():
+    """The Chatbot keeps the last streamer of an idle chat, and a run's KV cache may be large."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(streamer: ReplyStreamer) -> None:
+        cache = torch.zeros(1)
+        held.append(weakref.ref(cache))
+        raise ValueError("no memory")
+
+    async def test() -> None:
+        thread, streamer = new_thread(), new_streamer(TOKENIZER)
+        thread.submit(streamer, fail)
+        with pytest.raises(ValueError, match="no memory"):
+            await read(streamer)
+        assert held[0]() is None
+        with pytest.raises(ValueError, match="no memory"):  # the streamer still has the error
+            await read(streamer)
 
     run(test)
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
@@ -84,6 +85,8 @@ class ModelThread(Engine):
             except Exception as error:
                 if streamer.done:
                     logger.exception("The model failed for a reply that nobody reads any more")
+                # The error stays with its streamer, and these frames' variables hold a KV cache
+                traceback.clear_frames(error.__traceback__)
                 streamer.fail(error)
                 if gpu_is_lost():
                     self._on_loop(self.give_up, ModelStalled("the GPU has failed"))

@@ -90,7 +90,7 @@ def can_crop(model: PreTrainedModel) -> bool:
     "longrope", keys also depend on the length of their prompt.
     """
     prompt = torch.arange(2 * LENGTH, device=model.device)[None]
-    return batch_context(model, sys.maxsize) == sys.maxsize and can_continue(model, prompt, crop)
+    return can_continue(model, prompt, crop) and batch_context(model, sys.maxsize) == sys.maxsize
 
 
 def crop(cache: DynamicCache) -> None:
