@@ -33,6 +33,7 @@ from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.prompt import encode
+from streaming_bots.operations.machine import set_threads
 
 NEVER = "<never>"  # an end token for which the model has no logit
 SHAPES = {
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype, device=arguments.device)
     if arguments.way == "cost":
         windows = [range(10, 90), range(860, 940)]

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-import torch
 from ray import serve
 
 from streaming_bots.errors import PromptTooLong
@@ -18,6 +17,7 @@ from streaming_bots.models.loaded_model import load_model
 from streaming_bots.models.prompt import Message, encode, system_messages, token_limits
 from streaming_bots.operations.drain import Drain
 from streaming_bots.operations.log import traceback_once
+from streaming_bots.operations.machine import set_threads
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
 
@@ -52,7 +52,7 @@ class Bot(ABC):
     def __init__(self, settings: BotSettings) -> None:
         logger.addFilter(traceback_once)
         self.settings = settings
-        torch.set_num_threads(settings.threads())  # instead of Ray's default, the reserved cores
+        set_threads(settings.threads())  # instead of Ray's default, the reserved cores
         device = "cuda" if settings.num_gpus else "cpu"
         name, self.model, self.tokenizer, context = load_model(
             settings.model, settings.dtype, settings.fallback, device

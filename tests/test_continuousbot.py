@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import count, cycle, product
+from typing import Any
 
 import pytest
 import requests
@@ -54,6 +55,7 @@ from streaming_bots.errors import ModelStalled, TooManyWaiting
 from streaming_bots.generation import continuous_batch, kv_cache
 from streaming_bots.generation.continuous_batch import BatchFailed, ContinuousBatch
 from streaming_bots.generation.sampling import ReplyOptions
+from streaming_bots.generation.streamer import ReplyStreamer
 from streaming_bots.models.loaded_model import LoadedModel, load_model
 from streaming_bots.models.prompt import encode
 from streaming_bots.models.source import BUNDLED
@@ -165,6 +167,7 @@ def test_a_request_that_the_manager_no_longer_takes_has_failed(loaded):
 def test_replies_are_right_though_the_cache_does_not_hold_them_all(loaded, monkeypatch):
     """The manager then removes a reply from the batch, and computes it again later."""
     monkeypatch.setattr(kv_cache, "TOKENS_PER_ROW", 32)
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)  # so that all grow
     offload, offloaded = OffloadingManager.offload_requests, []
 
     def count(self: OffloadingManager) -> bool:
@@ -494,6 +497,40 @@ def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, m
     manager.stop(hard_stop=True)
     assert max(rows) == 3
     assert replies == [reference(loaded, [prompt], 8) for prompt in PROMPTS]
+
+
+def test_replies_with_a_common_beginning_all_advance_in_each_step(loaded, monkeypatch):
+    """The cache has room for five such replies. A step can read no more than three of them."""
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+    schedule, stood_still = kv_cache.RoomScheduler.schedule_batch, []
+
+    def compare(self: kv_cache.RoomScheduler, *budgets: int) -> Any:
+        requests, *others = schedule(self, *budgets)
+        scheduled = {each.state.request_id for each in requests}
+        stood_still.append(self.active_requests.keys() - scheduled)
+        return requests, *others
+
+    monkeypatch.setattr(kv_cache.RoomScheduler, "schedule_batch", compare)
+    system = [7 + place % 50 for place in range(6 * kv_cache.PAGE_SIZE)]
+
+    async def test() -> list[ReplyStreamer]:
+        batch = new_batch(loaded.model, loaded.context, 5, 640)
+        streamers = []
+        for number in [0, *range(6)]:
+            ids = [*system, 100 + number]
+            streamers.append(new_streamer(loaded.tokenizer, (), ids, 16))
+            batch.submit(streamers[-1])
+            if len(streamers) < 3:  # the first reads the beginning for all
+                await asyncio.wait_for(streamers[-1].text.ended.wait(), HANG_S)
+        for streamer in streamers:
+            await asyncio.wait_for(streamer.text.ended.wait(), HANG_S)
+        batch.manager.stop(hard_stop=True)
+        return streamers
+
+    first, again, *others = asyncio.run(test())
+    assert [streamer.cached_tokens for streamer in (first, again, *others)] == [0] + 6 * [192]
+    assert again.decoder.ids == first.decoder.ids
+    assert not any(stood_still)
 
 
 @pytest.mark.parametrize("shared", [0, 64])

@@ -42,6 +42,19 @@ def test_the_cores_are_those_of_taskset_and_of_the_containers_limit(
     assert machine.cores() == expected
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs torch with MKL")
+def test_each_thread_takes_its_part_of_the_outputs():
+    ask = (
+        "import ctypes, pathlib, torch; from streaming_bots.operations.machine import set_threads; "
+        "set_threads(3); folder = pathlib.Path(torch.__file__).parent / 'lib'; "
+        "mkl = ctypes.CDLL(str(folder / 'libtorch_cpu.so')); "
+        "print(torch.get_num_threads(), mkl.mkl_serv_get_num_stripes())"
+    )
+    command = [sys.executable, "-c", ask]  # since it is of the whole process
+    printed = subprocess.check_output(command, text=True, timeout=HANG_S)
+    assert printed.split() == ["3", "3"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "threads"),
     [

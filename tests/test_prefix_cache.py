@@ -10,6 +10,7 @@ from engines import new_batch, new_streamer
 from openai_clients import complete, text_of, user
 from scripted_model import save_random_model
 from transformers import DynamicCache, MistralConfig
+from transformers.generation.continuous_batching.requests import RequestState
 from websockets.sync.client import connect
 
 from streaming_bots.generation.prefix_cache import PrefixCache, byte_size
@@ -173,3 +174,15 @@ def test_a_batch_shares_pages_unless_it_is_told_not_to(loaded, megabytes):
         return streamer.cached_tokens
 
     assert asyncio.run(test()) == (96 if megabytes else 0)
+
+
+def test_a_request_that_had_to_leave_the_cache_has_nothing_cached(loaded):
+    async def test() -> dict[str, int]:
+        batch = new_batch(loaded.model, 256, 2)
+        scheduler = batch.manager.batch_processor.scheduler
+        batch.manager.stop(hard_stop=True)
+        scheduler.cached_tokens["1"] = 96
+        scheduler.add_waiting_request(RequestState("1", list(range(100, 200))))
+        return scheduler.cached_tokens
+
+    assert asyncio.run(test()) == {}

@@ -104,6 +104,13 @@ def test_the_body_takes_precedence_over_the_query(bot, loaded):
     assert text == reference(loaded, ["Hello!"], 2)
 
 
+def test_a_null_in_the_body_is_as_good_as_no_value(bot, loaded):
+    query = {"prompt": "Hello!", "max_new_tokens": 2}
+    nulls = dict.fromkeys(["max_new_tokens", "temperature", "seed", "stop"])
+    text = requests.post(bot.http, params=query, json=nulls).text
+    assert text == reference(loaded, ["Hello!"], 2)
+
+
 @pytest.mark.parametrize(
     "body",
     [b"Hi!", b'"Hi!"', b"[]", b"[" * 4000, b"[" * 100_000, b'{"prompt": "\\ud800"}', b"\xff"],

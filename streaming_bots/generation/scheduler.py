@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Collection
+from itertools import accumulate, chain
 
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
     CacheAllocator,
@@ -35,6 +36,7 @@ class RoomScheduler(FIFOScheduler):
 
     def add_waiting_request(self, state: RequestState) -> None:
         super().add_waiting_request(state)
+        self.cached_tokens.pop(state.request_id, None)  # of a request that had to leave the cache
         waiting: deque[str] = self.waiting_requests_order  # type: ignore[has-type]
         self.waiting_requests_order = deque(sorted(waiting))  # by arrival
 
@@ -44,7 +46,8 @@ class RoomScheduler(FIFOScheduler):
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         candidates: list[RequestState] = super()._get_waiting_candidates()
-        if not candidates:
+        places = self.max_requests_per_batch - len(self.active_requests)
+        if not candidates or places <= 0:
             return []
         first = candidates[0]
         known = self._known_pages(first)
@@ -53,8 +56,13 @@ class RoomScheduler(FIFOScheduler):
         fits = self._make_room(
             lambda: self.cache.can_store_request_tokens(first, tokens, dry_run=True), known
         )
-        # The requests behind it wait, too. If nothing runs, it is admitted anyway.
-        return candidates if fits or not self.active_requests else []
+        # A step reads a page once for each request that shares it, and as many tokens in all as
+        # the cache has pages for. More replies than that would take turns.
+        read = accumulate(map(length, chain(self.active_requests.values(), candidates)))
+        fitting = sum(total <= self.cache.max_tokens_read for total in read)
+        admitted = min(places, fitting - len(self.active_requests)) if fits else 0
+        # The requests behind the first wait with it. If nothing runs, it is admitted anyway.
+        return candidates[: max(admitted, 0 if self.active_requests else 1)]
 
     def finish_request(self, request_id: str) -> None:
         for allocator in self.cache.cache_allocators.values():
@@ -102,3 +110,8 @@ class RoomScheduler(FIFOScheduler):
         for state in cancelled:  # it may have been admitted after the engine dropped it
             self.cached_tokens.pop(state.request_id, None)
         return cancelled
+
+
+def length(state: RequestState) -> int:
+    """Return the tokens that a request has in the cache, or has yet to read."""
+    return int(state.current_len() + len(state.remaining_prefill_tokens))

@@ -106,9 +106,10 @@ async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_S
 
 
 def parse_body(body: bytes, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> dict[str, Any]:
-    """Parse a body. Raises RequestValidationError if it is not a JSON object."""
+    """Parse a body, without its nulls. Raises RequestValidationError if it is no JSON object."""
     try:
-        return parse_object(body, outside_strings)
+        fields = parse_object(body, outside_strings)
+        return {name: value for name, value in fields.items() if value is not None}
     except ValueError as error:
         problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
         raise RequestValidationError([problem]) from None

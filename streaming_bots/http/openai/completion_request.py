@@ -108,7 +108,6 @@ async def read_completion_request(request: Request) -> CompletionRequest:
     body = await read_body(request, MAX_BYTES_OUTSIDE_STRINGS)
     fields = parse_body(body, MAX_BYTES_OUTSIDE_STRINGS)
     fields.pop("max_new_tokens", None)  # the bots' own name for the limit
-    given = {name: value for name, value in fields.items() if value is not None}
-    if ignored := sorted(given.keys() - CompletionRequest.model_fields.keys()):
+    if ignored := sorted(fields.keys() - CompletionRequest.model_fields.keys()):
         logger.debug(f"ignored: {[name[:MAX_NAME] for name in ignored[:MAX_PROBLEMS]]}")
-    return validate(CompletionRequest, given, "body")
+    return validate(CompletionRequest, fields, "body")
