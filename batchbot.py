@@ -146,7 +146,7 @@ class Batchbot(Bot):
         """Run a batch. Serve gives callers the items at their index, until they end or leave."""
         self.model_is_free.clear()
         try:
-            for part in split_rows(rows, self.context):  # one, if padded rows fit the context
+            for part in split_rows(rows, self.context):  # usually one; more if too large
                 streamer = RawStreamer([row for row in part if not row.cancelled])
                 self.metrics.waiting.discard(*streamer.rows)
                 self.metrics.running.add(*streamer.rows)

@@ -57,7 +57,7 @@ class Continuousbot(Bot):
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:  # at any end. On a disconnect, the wait is cancelled, or TextStream closes this
+        finally:  # always: on a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # if it has not ended, it leaves before the next step
             self.metrics.record_reply(streamer)  # how it ended, its tokens and times
 

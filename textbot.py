@@ -50,10 +50,10 @@ class Textbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # KV that ModelThread has of its beginning
-            max_new_tokens=streamer.options.max_new_tokens,  # less at generation_config's end token
+            past_key_values=streamer.past_key_values,  # KV cache of the prompt's known beginning
+            max_new_tokens=streamer.options.max_new_tokens,  # fewer if an end token comes first
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # hands a reply's whole characters to its loop: call_soon_threadsafe
+            streamer=streamer,  # passes whole characters to the event loop: call_soon_threadsafe
             stopping_criteria=[streamer],  # ends it when cancelled, or at a stop string (not sent)
         )
 
@@ -62,7 +62,7 @@ class Textbot(Bot):
         try:
             async for text in streamer:
                 yield text  # a slow client does not slow the model: the streamer buffers
-        finally:  # at any end. On a disconnect, the wait is cancelled, or TextStream closes this
+        finally:  # always: on a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
             self.metrics.record_reply(streamer)  # how it ended, its tokens and times
 

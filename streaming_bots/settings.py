@@ -219,8 +219,9 @@ class ContinuousBatchSettings(BotSettings):
 
     cache_tokens: PositiveInt | None = None
     """Tokens in the KV cache that the replies of a continuous batch share, in half of the free
-    memory at most; a prompt must fit it with its reply. By default, 256 for each reply, or the
-    model's context, up to 8192, if that is more."""
+    memory at most; a prompt must fit it with its reply. Each reply counts with its whole prompt,
+    even if others begin alike. By default, 256 for each reply, or the model's context, up to 8192,
+    if that is more."""
 
     def autoscaling_config(self) -> dict[str, Any]:
         """Aim at half of a batch's places, so that a new prompt begins at once."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -49,7 +50,7 @@ from transformers.generation.utils import DeferredStopCheck
 from batchbot import Batchbot, RawStreamer
 from continuousbot import Continuousbot
 from streaming_bots.errors import ModelStalled
-from streaming_bots.generation.padding import check_padding
+from streaming_bots.generation.padding import check_padding, keep_rows
 from streaming_bots.generation.row import Row, split_rows
 from streaming_bots.models.loaded_model import load_model
 from streaming_bots.models.source import BUNDLED
@@ -357,6 +358,15 @@ def test_rows_end_independently_with_any_kind_of_cache(
     assert len(set(map(len, replies))) > 1  # they ended apart
     assert (max(read[1:]) <= len(prompts)) == goes_on  # tokens per step: the cache is used
     assert replies == replies_alone(tmp_path, prompts, lengths)
+
+
+def test_a_cache_that_cannot_be_cut_is_freed_before_the_next_run(loaded):
+    inputs = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "attention_mask": torch.ones(2, 2)}
+    output = loaded.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    cache = weakref.ref(output.past_key_values)
+    remaining = keep_rows(inputs, output, [1], cuts_cache=False)
+    assert "past_key_values" not in remaining
+    assert cache() is None
 
 
 def test_a_long_prompt_in_the_batch_takes_no_room_from_another_reply(run_other, tmp_path):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from itertools import count, cycle, product
+from itertools import count, cycle, pairwise, product
 from typing import Any
 
 import pytest
@@ -499,10 +499,14 @@ def test_no_more_replies_are_written_at_once_than_the_batch_has_places(loaded, m
     assert replies == [reference(loaded, [prompt], 8) for prompt in PROMPTS]
 
 
-def test_replies_with_a_common_beginning_all_advance_in_each_step(loaded, monkeypatch):
-    """The cache has room for five such replies. A step can read no more than three of them."""
+@pytest.mark.parametrize("tokens", [16, 40])
+def test_replies_with_a_common_beginning_all_advance(loaded, monkeypatch, tokens):
+    """The cache has room for five such replies, but a step can read no more than three of them.
+
+    Once they have 214 tokens each, it can read two, and they take turns.
+    """
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
-    schedule, stood_still = kv_cache.RoomScheduler.schedule_batch, []
+    schedule, stood_still = kv_cache.RoomScheduler.schedule_batch, [set()]
 
     def compare(self: kv_cache.RoomScheduler, *budgets: int) -> Any:
         requests, *others = schedule(self, *budgets)
@@ -518,7 +522,7 @@ def test_replies_with_a_common_beginning_all_advance_in_each_step(loaded, monkey
         streamers = []
         for number in [0, *range(6)]:
             ids = [*system, 100 + number]
-            streamers.append(new_streamer(loaded.tokenizer, (), ids, 16))
+            streamers.append(new_streamer(loaded.tokenizer, (), ids, tokens))
             batch.submit(streamers[-1])
             if len(streamers) < 3:  # the first reads the beginning for all
                 await asyncio.wait_for(streamers[-1].text.ended.wait(), HANG_S)
@@ -530,7 +534,8 @@ def test_replies_with_a_common_beginning_all_advance_in_each_step(loaded, monkey
     first, again, *others = asyncio.run(test())
     assert [streamer.cached_tokens for streamer in (first, again, *others)] == [0] + 6 * [192]
     assert again.decoder.ids == first.decoder.ids
-    assert not any(stood_still)
+    assert any(stood_still) == (tokens == 40)
+    assert not any(before & after for before, after in pairwise(stood_still))
 
 
 @pytest.mark.parametrize("shared", [0, 64])
@@ -636,18 +641,25 @@ def test_any_attention_computes_requests_of_a_step_together_as_alone(config):
     assert [written[number] for number in range(len(prompts))] == expected
 
 
-async def known_pages(batch: ContinuousBatch, loaded: LoadedModel, first: int, pages: int) -> int:
+async def known_pages(
+    batch: ContinuousBatch, loaded: LoadedModel, first: int, pages: int, leaves: bool = False
+) -> int:
     """Ask with a prompt of `pages` pages and a token. Return how many of them were cached.
 
-    Prompts with another `first` begin otherwise.
+    Prompts with another `first` begin otherwise. A client that `leaves` does so at the first token.
     """
     ids = [7 + (first + place) % 2000 for place in range(pages * kv_cache.PAGE_SIZE)]
-    streamer = new_streamer(loaded.tokenizer, (), [*ids, 5], 2)
+    streamer = new_streamer(loaded.tokenizer, (), [*ids, 5], 20 if leaves else 2)
     batch.submit(streamer)
+    if leaves:
+        while not streamer.token_times:
+            await batch.moved.wait()
+        batch.cancel(streamer)
     await streamer.text.ended.wait()
     return streamer.cached_tokens // kv_cache.PAGE_SIZE
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 @pytest.mark.parametrize(
     ("pages", "beginnings", "expected"),
     [
@@ -655,12 +667,15 @@ async def known_pages(batch: ContinuousBatch, loaded: LoadedModel, first: int, p
         (4, [0, 100, 0, 100], [0, 0, 3, 3]),  # a known prompt needs one more page, not five
     ],
 )
-def test_ended_replies_leave_the_cache_page_by_page(loaded, pages, beginnings, expected):
+def test_ended_replies_leave_the_cache_page_by_page(
+    loaded, monkeypatch, pages, beginnings, expected, leaves
+):
     """The cache has ten pages, of which two stay free."""
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
 
     async def test() -> list[int]:
         batch = new_batch(loaded.model, loaded.context, 2, 10 * kv_cache.PAGE_SIZE)
-        cached = [await known_pages(batch, loaded, first, pages) for first in beginnings]
+        cached = [await known_pages(batch, loaded, first, pages, leaves) for first in beginnings]
         batch.manager.stop(hard_stop=True)
         return cached
 
@@ -682,6 +697,22 @@ def test_pages_with_which_a_waiting_prompt_begins_leave_the_cache_last(loaded):
 
     with asyncio.Runner() as runner:
         assert runner.run(test()) == [0, 0, 0, 3]
+
+
+def test_requests_that_come_together_cost_others_no_more_pages_than_they_need(loaded):
+    """The cache has ten pages, nearly all of two ended replies, and room for one more request."""
+
+    async def test() -> list[int]:
+        batch = new_batch(loaded.model, loaded.context, 2, 10 * kv_cache.PAGE_SIZE)
+        cached = [await known_pages(batch, loaded, first, 4) for first in (0, 100)]
+        together = [known_pages(batch, loaded, first, pages) for first, pages in ((200, 1), (0, 4))]
+        cached += await asyncio.gather(*together)
+        cached.append(await known_pages(batch, loaded, 100, 4))
+        batch.manager.stop(hard_stop=True)
+        return cached
+
+    with asyncio.Runner() as runner:
+        assert runner.run(test()) == [0, 0, 0, 3, 1]
 
 
 asked = st.tuples(

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import threading
 
 import pytest
 from bot_fixtures import HANG_S, Bot, Bots, wait_until
@@ -77,6 +78,29 @@ def test_a_replica_stops_draining_when_serve_asks_for_its_health_again(monkeypat
         assert not drain.begun.is_set()
 
     asyncio.run(drain_and_stay())
+
+
+def test_a_health_check_during_the_look_at_serves_status_prevents_draining(monkeypatch):
+    looked = threading.Event()
+
+    async def stay() -> None:
+        drain = drain_module.Drain()
+
+        def be_asked_first() -> bool:
+            if not looked.is_set():
+                drain.health_was_asked()
+                looked.set()
+                monkeypatch.setattr(drain_module, "SILENCE_S", HANG_S)
+            return True
+
+        monkeypatch.setattr(drain_module, "is_stopping", be_asked_first)
+        await asyncio.to_thread(looked.wait, HANG_S)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(drain.begun.wait(), 0.5)
+
+    monkeypatch.setattr(drain_module, "SILENCE_S", 0.1)
+    monkeypatch.setattr(drain_module, "LOOK_EVERY_S", 0.01)
+    asyncio.run(stay())
 
 
 def test_serve_asks_for_health_on_the_event_loop():

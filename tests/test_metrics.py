@@ -15,7 +15,7 @@ from callers import ChatCaller, HttpCaller
 from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve.metrics import Gauge
 from starlette.requests import ClientDisconnect
-from websockets.exceptions import ConnectionClosedError
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from streaming_bots.http import middleware
@@ -86,7 +86,7 @@ def test_the_metrics_count_what_the_bots_did(served_bots, loaded):
         "bot_prompt_tokens_total": 4 * prompt,
         "failed": 1,
         "cancelled": 1,
-        "refused": 1,
+        "refused": 2,
         "bot_generated_tokens_total": 5 + 5 + 3 + 2,
         "bot_time_to_first_token_seconds_count": 4,
         "bot_inter_token_latency_seconds_count": 4 + 4 + 2 + 1,
@@ -101,6 +101,8 @@ def refuse(bot: Bot, name: str) -> None:
             websocket.recv(timeout=HANG_S)
     else:
         assert requests.post(bot.http, params={"prompt": ""}).status_code == 422
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(f"{bot.ws}nowhere")
 
 
 GAUGES = {name: {"bot_requests_waiting": 2, "bot_requests_running": 1} for name in CALLERS}

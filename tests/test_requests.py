@@ -104,6 +104,13 @@ def test_the_body_takes_precedence_over_the_query(bot, loaded):
     assert text == reference(loaded, ["Hello!"], 2)
 
 
+def test_a_422_names_the_query_if_the_problem_is_there_and_the_prompt_in_the_body(bot):
+    response = requests.post(bot.http, params={"temperature": 9}, json={"prompt": "Hi", "seed": -1})
+    assert response.status_code == 422
+    places = [problem["loc"] for problem in response.json()["detail"]]
+    assert places == [["query", "temperature"], ["body", "seed"]]
+
+
 def test_a_null_in_the_body_is_as_good_as_no_value(bot, loaded):
     query = {"prompt": "Hello!", "max_new_tokens": 2}
     nulls = dict.fromkeys(["max_new_tokens", "temperature", "seed", "stop"])

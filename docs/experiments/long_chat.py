@@ -70,7 +70,7 @@ def chat_with_ours(address: str) -> str:
             while (message := json.loads(websocket.recv()))["type"] != "done":
                 pass
     seen, dropped = message["messages"], message["dropped"]
-    return f"{EXCHANGES} replies; the model still sees {seen} messages, and {dropped} no longer"
+    return f"{EXCHANGES} replies; the model still sees {seen} messages, and {dropped} were dropped"
 
 
 def main() -> None:

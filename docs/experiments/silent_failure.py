@@ -30,7 +30,7 @@ def ask(address: str) -> str:
     try:
         response = requests.post(f"http://{address}", params=params)
     except requests.exceptions.ChunkedEncodingError:
-        return "the response breaks off, and requests raises ChunkedEncodingError"
+        return "the response breaks off, and the client raises ChunkedEncodingError"
     return f"a whole response with the status {response.status_code}: {response.text}"
 
 

@@ -85,7 +85,7 @@ class ModelThread(Engine):
             except Exception as error:
                 if streamer.done:
                     logger.exception("The model failed for a reply that nobody reads any more")
-                # The error stays with its streamer, and these frames' variables hold a KV cache
+                # The streamer keeps the error, whose frames would keep a KV cache alive
                 traceback.clear_frames(error.__traceback__)
                 streamer.fail(error)
                 if gpu_is_lost():

@@ -79,9 +79,11 @@ def keep_rows(
         "input_ids": input_ids,
         "attention_mask": torch.nn.functional.pad(mask, (0, written), value=1),
     }
+    cache = output.past_key_values
+    output["past_key_values"] = None  # the caller has `output` until the next run ends
     if cuts_cache:
-        output.past_key_values.reorder_cache(rows)
-        remaining["past_key_values"] = output.past_key_values
+        cache.reorder_cache(rows)
+        remaining["past_key_values"] = cache
     return remaining
 
 

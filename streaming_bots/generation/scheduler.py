@@ -2,12 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable, Collection
-from itertools import accumulate, chain
+from functools import partial
+from math import ceil
+from typing import Any
 
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
     CacheAllocator,
 )
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 
@@ -25,6 +27,7 @@ class RoomScheduler(FIFOScheduler):
 
     def reset(self) -> None:
         super().reset()
+        self.active_requests: dict[str, RequestState]
         self.cached_tokens: dict[str, int] = {}  # of prompts, by request; the engine drops them
 
     def _infer_request_tokens(self, state: RequestState, admitted: set[str]) -> list[int]:
@@ -46,29 +49,51 @@ class RoomScheduler(FIFOScheduler):
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         candidates: list[RequestState] = super()._get_waiting_candidates()
-        places = self.max_requests_per_batch - len(self.active_requests)
-        if not candidates or places <= 0:
-            return []
-        first = candidates[0]
-        known = self._known_pages(first)
-        pages = len(self.active_requests) - len(known)  # each running reply may need one more
-        tokens = len(first.remaining_prefill_tokens) + pages * self._pages().tokens_per_page
-        fits = self._make_room(
-            lambda: self.cache.can_store_request_tokens(first, tokens, dry_run=True), known
-        )
-        # A step reads a page once for each request that shares it, and as many tokens in all as
-        # the cache has pages for. More replies than that would take turns.
-        read = accumulate(map(length, chain(self.active_requests.values(), candidates)))
-        fitting = sum(total <= self.cache.max_tokens_read for total in read)
-        admitted = min(places, fitting - len(self.active_requests)) if fits else 0
-        # The requests behind the first wait with it. If nothing runs, it is admitted anyway.
-        return candidates[: max(admitted, 0 if self.active_requests else 1)]
+        page, active = self._pages().tokens_per_page, self.active_requests
+        tokens = len(active) * page  # each running reply may need one more page
+        read = sum(map(length, active.values()))
+        admitted: list[RequestState] = []
+        known: list[int] = []
+        for state in candidates[: max(0, self.max_requests_per_batch - len(active))]:
+            own = self._known_pages(state)
+            known += own
+            tokens += (ceil(len(state.remaining_prefill_tokens) / page) - len(own)) * page
+            read += length(state)
+            enough = partial(self.cache.can_store_request_tokens, state, tokens, dry_run=True)
+            fits = read <= self.cache.max_tokens_read and self._make_room(enough, known)
+            # The requests behind it wait, too. If nothing runs, the first is admitted anyway.
+            if not fits and (active or admitted):
+                break
+            admitted.append(state)
+        return admitted
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        """Choose the requests of the next step, as (requests, three other values).
+
+        A step reads no more tokens than the cache has, a page once for each request that shares
+        it. So with a common beginning, it may leave out a reply, which then comes first in the
+        next step.
+        """
+        step = super().schedule_batch(token_budget, cache_budget)
+        served = {request.state.request_id for request in step[0] or ()}
+        served.update(state.request_id for state, _ in self.starved_requests)
+        left_out = {
+            request: state
+            for request, state in self.active_requests.items()
+            if state.status == RequestStatus.DECODING and request not in served
+        }
+        if left_out:
+            self.active_requests = left_out | self.active_requests
+        return step
 
     def finish_request(self, request_id: str) -> None:
+        self._drop_its_last_page_first(request_id)
+        super().finish_request(request_id)
+
+    def _drop_its_last_page_first(self, request_id: str) -> None:
         for allocator in self.cache.cache_allocators.values():
             # Pages are dropped in this order, and a page is of no use without those before it.
             allocator.block_table.get(request_id, []).reverse()
-        super().finish_request(request_id)
 
     def _pages(self) -> CacheAllocator:
         """Return the pages that requests share: all of a model whose layers have full attention."""
@@ -104,6 +129,8 @@ class RoomScheduler(FIFOScheduler):
 
     def clear_cancelled_requests(self) -> list[RequestState]:
         active = len(self.active_requests)
+        for request in list(self._requests_to_cancel):
+            self._drop_its_last_page_first(request)
         cancelled: list[RequestState] = super().clear_cancelled_requests()
         if len(self.active_requests) < active:
             self.block_new_requests = False

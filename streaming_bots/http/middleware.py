@@ -24,12 +24,14 @@ class OutcomeMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, complete = 0, False
+        status, started, complete = 0, False, False
 
         async def send_watched(message: Message) -> None:
-            nonlocal status, complete
+            nonlocal status, started, complete
             if message["type"] in STARTS:
-                status = message.get("status", 0)
+                status, started = message.get("status", 0), True
+            elif message["type"] == "websocket.close" and not started:
+                status = 403  # which the server sends in its place
             elif message["type"] == "http.response.body":
                 complete = not message.get("more_body", False)
             await send(message)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Depends, Request
@@ -47,10 +48,11 @@ class TextRequest(ReplyOptions):
 
         It is a FastAPI dependency. Raises RequestValidationError (422), which names the parameter.
         """
-        given, place = query_fields(request.query_params), "query"
-        if body := await read_body(request):
-            given, place = given | parse_body(body), "body"
-        return validate(cls, given, place)
+        query = query_fields(request.query_params)
+        if not (body := await read_body(request)):
+            return validate(cls, query, "query")
+        fields = parse_body(body)
+        return validate(cls, query | fields, "body", query.keys() - fields.keys())
 
 
 def query_fields(query: QueryParams) -> dict[str, Any]:
@@ -120,16 +122,22 @@ async def read_options(connection: HTTPConnection) -> ReplyOptions:
     return validate(ReplyOptions, query_fields(connection.query_params), "query")
 
 
-def validate(kind: type[Model], given: dict[str, Any], place: str) -> Model:
+def validate(
+    kind: type[Model], given: dict[str, Any], place: str, in_query: Collection[str] = ()
+) -> Model:
     """Validate parameters. The bot's `max_new_tokens` is the default and the maximum.
 
-    Raises RequestValidationError, which names the place ("query" or "body") and the parameter.
+    Raises RequestValidationError, which names the parameter and its place: "query" or "body".
     """
     limit = current_bot().max_new_tokens
     try:
         return kind.model_validate({"max_new_tokens": limit, **given}, context={"limit": limit})
     except ValidationError as error:
-        raise RequestValidationError(describe_problems(error, place)) from None
+        problems = describe_problems(error, place)
+        for problem in problems:
+            if not set(problem["loc"][1:2]).isdisjoint(in_query):
+                problem["loc"] = ("query", *problem["loc"][1:])
+        raise RequestValidationError(problems) from None
 
 
 def describe_problems(error: ValidationError, place: str) -> list[dict[str, Any]]:

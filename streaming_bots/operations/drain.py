@@ -32,7 +32,10 @@ class Drain:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            if time.monotonic() - self.asked > SILENCE_S and await asyncio.to_thread(is_stopping):
+            asked = self.asked
+            if time.monotonic() - asked < SILENCE_S:
+                continue
+            if await asyncio.to_thread(is_stopping) and self.asked == asked:  # still no check
                 self.begun.set()
 
 
