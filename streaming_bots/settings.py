@@ -151,7 +151,7 @@ class BotSettings(AccessSettings, allow_inf_nan=False):
             given["api_key_file"] = self.api_key_file.expanduser().absolute()
             self.read_api_key()
         if "model" not in given:
-            given |= {"model": DEFAULT_MODEL, "fallback": BUNDLED}
+            given = {"model": DEFAULT_MODEL, "fallback": BUNDLED} | given
         try:
             given["model"], tokenizer, context = check_model(given["model"])
         except ModelError:
@@ -163,7 +163,8 @@ class BotSettings(AccessSettings, allow_inf_nan=False):
         try:
             encode(shortest, tokenizer, min(context - reply, prompt))
         except Exception as error:
-            culprit = "system_prompt" if self.system_prompt else "max_new_tokens"
+            limit = "max_prompt_tokens" if prompt < context - reply else "max_new_tokens"
+            culprit = "system_prompt" if self.system_prompt else limit
             raise ValueError(f"{culprit}: the model cannot take it: {error}") from error
         return given
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from itertools import count, cycle, pairwise, product
 from typing import Any
 
@@ -24,6 +25,7 @@ from bot_fixtures import (
     http_reply,
     needs_gpu,
     reference,
+    wait_until,
 )
 from callers import HttpCaller
 from engines import new_batch, new_streamer
@@ -655,11 +657,12 @@ async def known_pages(
         while not streamer.token_times:
             await batch.moved.wait()
         batch.cancel(streamer)
+        gone = partial(wait_until, lambda: not batch.has_work(), HANG_S, "its pages are not free")
+        await asyncio.to_thread(gone)
     await streamer.text.ended.wait()
     return streamer.cached_tokens // kv_cache.PAGE_SIZE
 
 
-@pytest.mark.parametrize("leaves", [False, True])
 @pytest.mark.parametrize(
     ("pages", "beginnings", "expected"),
     [
@@ -667,20 +670,32 @@ async def known_pages(
         (4, [0, 100, 0, 100], [0, 0, 3, 3]),  # a known prompt needs one more page, not five
     ],
 )
-def test_ended_replies_leave_the_cache_page_by_page(
-    loaded, monkeypatch, pages, beginnings, expected, leaves
-):
+def test_ended_replies_leave_the_cache_page_by_page(loaded, pages, beginnings, expected):
     """The cache has ten pages, of which two stay free."""
-    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
 
     async def test() -> list[int]:
         batch = new_batch(loaded.model, loaded.context, 2, 10 * kv_cache.PAGE_SIZE)
-        cached = [await known_pages(batch, loaded, first, pages, leaves) for first in beginnings]
+        cached = [await known_pages(batch, loaded, first, pages) for first in beginnings]
         batch.manager.stop(hard_stop=True)
         return cached
 
     with asyncio.Runner() as runner:
         assert runner.run(test()) == expected
+
+
+def test_abandoned_replies_lose_their_last_page_first(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+
+    async def test() -> list[int]:
+        batch = new_batch(loaded.model, loaded.context, 2, 10 * kv_cache.PAGE_SIZE)
+        cached = [
+            await known_pages(batch, loaded, first, 4, leaves=True) for first in (0, 100, 0, 100)
+        ]
+        batch.manager.stop(hard_stop=True)
+        return cached
+
+    with asyncio.Runner() as runner:
+        assert min(runner.run(test())[2:]) >= 3  # of four
 
 
 def test_pages_with_which_a_waiting_prompt_begins_leave_the_cache_last(loaded):

@@ -22,13 +22,15 @@ from scripted_model import byte_tokenizer, name_end_tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
     PreTrainedModel,
     T5Config,
+    XLNetConfig,
 )
 
 from streaming_bots.models import loading_progress
-from streaming_bots.models.loaded_model import check_model, load_model
+from streaming_bots.models.loaded_model import check_model, context_length, load_model
 from streaming_bots.models.prompt import UnknownToken, encode
 from streaming_bots.models.source import BUNDLED, ModelError, Source, resolve
 
@@ -201,8 +203,9 @@ def broken(folder: Path, *names: str) -> None:
         (lambda folder: T5Config().save_pretrained(folder), "t5 is not a causal language model"),
         # BERT loads as one, but attends to later tokens.
         (lambda folder: BertConfig().save_pretrained(folder), "bert is not a causal"),
+        (lambda folder: BartConfig().save_pretrained(folder), "bart is not a causal"),
     ],
-    ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "t5", "bert"],
+    ids=["no folder", "no weights", "bad configuration", "bad tokenizer", "t5", "bert", "bart"],
 )
 def test_problems_of_a_folder_are_found_before_its_weights_are_loaded(
     copy_of_model, damage, message
@@ -317,3 +320,7 @@ def test_a_model_is_loaded_in_a_thread_that_ends(monkeypatch):
     load_model(BUNDLED)
     (thread,) = threads
     assert thread is not threading.current_thread() and not thread.is_alive()
+
+
+def test_a_model_without_a_limit_of_positions_has_that_of_its_tokenizer(loaded):
+    assert context_length(XLNetConfig(), loaded.tokenizer) == loaded.tokenizer.model_max_length

@@ -51,6 +51,16 @@ def test_without_arguments_the_default_model_may_be_replaced():
     }
 
 
+def test_a_fallback_of_ones_own_is_also_that_of_the_default_model(model):
+    arguments = BotSettings(fallback=str(model)).constructor_arguments()
+    assert arguments == {"model": "microsoft/DialoGPT-small", "fallback": str(model)}
+
+
+def test_a_limit_of_prompts_that_is_too_low_is_named():
+    with pytest.raises(ValueError, match="max_prompt_tokens: the model cannot take it"):
+        BotSettings(model=BUNDLED, max_prompt_tokens=1).constructor_arguments()
+
+
 def test_a_relative_folder_becomes_absolute(model, monkeypatch):
     monkeypatch.chdir(model.parent)
     arguments = BotSettings(model="./model").constructor_arguments()

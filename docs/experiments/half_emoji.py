@@ -15,7 +15,7 @@ def main() -> None:
     print("each token by itself:", "".join(tokenizer.decode(token) for token in tokens))
     decoder = TextDecoder(tokenizer)
     pieces = [decoder.step(token) for token in tokens]
-    print("batchbot.py:", "".join(pieces))
+    print("our decoder:", "".join(pieces))
     print("its pieces:", pieces)
 
 

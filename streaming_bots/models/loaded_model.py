@@ -99,9 +99,10 @@ def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
         config = AutoConfig.from_pretrained(source.place, **source.options)
     except Exception as error:
         raise source.problem("the configuration cannot be read", error) from error
-    # Encoders such as BERT also attend to later tokens, unless configured as decoders.
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
-        getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    # Encoders such as BERT also attend to later tokens, unless configured as decoders. Of a model
+    # such as BART, only the decoder would be loaded.
+    is_encoder = getattr(config, "is_encoder_decoder", False) or (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder:
         raise source.problem(f"{config.model_type} is not a causal language model")
@@ -117,7 +118,8 @@ def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
     """Return how many tokens fit the model: a huge number if its architecture has no limit."""
     text_config = config.get_text_config()
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(text_config, name, None), int):
+        length = getattr(text_config, name, None)
+        if isinstance(length, int) and length > 0:  # XLNet has -1
             return length
     return int(tokenizer.model_max_length)
 
