@@ -73,9 +73,9 @@ class Chatbot(Bot):
             # the end or the error, or closes a plain client's socket with the error's close code.
             async with connection.answer(prompt):
                 prompt.reply = reply = await self.start_reply(messages, prompt.options)
-                await connection.wait_for_turn(prompt)  # chat.v1 is told its place, until it starts
+                await connection.wait_for_turn(prompt)  # tells a chat.v1 client its place
                 response = ""
-                async for text in reply:  # a stop ends this loop, even before its start
+                async for text in reply:  # a stop ends this loop, or prevents it
                     response += text
                     await connection.send_text(text)
                 if response or not prompt.stopped:  # forget a prompt stopped before any text

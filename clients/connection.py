@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import socket
 import ssl
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -29,7 +30,9 @@ class Refused(Exception):
 
 
 def add_options(parser: argparse.ArgumentParser, url: str) -> None:
-    parser.add_argument("--url", default=url, help="URL of the bot; by default, %(default)s")
+    parser.add_argument(
+        "--url", type=bot_url, default=url, help="URL of the bot; by default, %(default)s"
+    )
     parser.add_argument("--api-key-file", type=Path, help="file with the key that the bot requires")
     parser.add_argument(
         "--wait",
@@ -38,6 +41,14 @@ def add_options(parser: argparse.ArgumentParser, url: str) -> None:
         metavar="SECONDS",
         help="how long to wait until the bot is ready; by default, %(default)s",
     )
+
+
+def bot_url(text: str) -> str:
+    """Return a URL as it is. Raises ArgumentTypeError if its host or port is invalid."""
+    with suppress(ValueError):
+        if urlsplit(text).hostname and urlsplit(text).port != 0:
+            return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not like http://localhost:8000/")
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
@@ -108,17 +119,23 @@ def printable(text: str) -> str:
     )
 
 
+def discard_output() -> None:
+    """Drop what could not be printed, so that Python does not try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def exit_on_error(options: argparse.Namespace) -> Iterator[None]:
     """On an error, end the program with status 1 and one line that says what is wrong."""
     url = options.url
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # not all show emoji
     try:
         yield
     except Refused as error:
         hint = " (the Chatbot? ask it with clients/chat_client.py)" if error.status == 405 else ""
         sys.exit(printable(f"{error}{hint}"))
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     except requests.exceptions.ChunkedEncodingError:
         print()
         sys.exit(f"{url} failed in the middle of the reply")
@@ -136,8 +153,11 @@ def exit_on_error(options: argparse.Namespace) -> Iterator[None]:
         refused = isinstance(error, InvalidStatus) and error.response.status_code == 403
         hint = " (not the Chatbot? ask it with clients/stream_client.py)" if refused else ""
         sys.exit(f"cannot talk to {url}: {error}{hint}")
-    except OSError:
+    except (ConnectionError, TimeoutError, socket.gaierror):
         sys.exit(f"nothing answers at {url}: is a bot running? (serve run chatbot:app)")
+    except OSError as error:  # such as a full disk
+        discard_output()
+        sys.exit(str(error))
     except KeyboardInterrupt:
         print(file=sys.stderr)  # after the terminal's ^C
         sys.exit(130)

@@ -109,6 +109,8 @@ def stop_on_ctrl_c(connection: ChatConnection) -> Iterator[None]:
 
     def handle(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
+        if connection.websocket.close_code is not None:  # nothing to stop while it reconnects
+            raise KeyboardInterrupt
         threads.append(threading.Thread(target=stop))
         threads[0].start()
 

@@ -67,6 +67,12 @@ class UnknownToken(Refusal):
     status, close_code, kind = 422, 1007, "unknown_token"
 
 
+class BodyLost(Refusal):
+    """A body that Serve's HTTP server drops, since the request asks for another protocol, too."""
+
+    status, close_code = 400, 1008
+
+
 class BodyTimeout(Refusal):
     """A body that did not arrive in time."""
 

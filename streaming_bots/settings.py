@@ -157,7 +157,7 @@ class BotSettings(AccessSettings, allow_inf_nan=False):
         except ModelError:
             if given.get("fallback") is None:
                 raise
-            _, tokenizer, context = check_model(given["fallback"])
+            given["fallback"], tokenizer, context = check_model(given["fallback"])
         reply, prompt = token_limits(self.max_new_tokens, self.max_prompt_tokens, context)
         shortest = [*system_messages(self.system_prompt), {"role": "user", "content": "Hi"}]
         try:

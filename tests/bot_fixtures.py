@@ -1,8 +1,10 @@
 """What tests share: bots in this process, bots on a real Serve, and their expected replies."""
 
+import fcntl
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +41,7 @@ KEY = "correct-horse-battery-staple"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 INGRESS = "haproxy" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else "default"
 V1 = "/v1"  # suffix of a bot's name: ask it through OpenAI's routes
-HANG_S = 60  # only bounds a hang
+HANG_S = 120  # only bounds a hang
 
 
 def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> None:
@@ -148,8 +150,17 @@ def run_other(bots: Bots) -> Callable[[Application], Bot]:
     return partial(bots.run, name="other", gate=None)
 
 
+@pytest.fixture(scope="module")
+def port_8000() -> Iterator[None]:
+    """The port of the commands in the documents. Tests that run beside these wait for it."""
+    folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    yield
+    os.close(folder)
+
+
 @pytest.fixture
-def local_8000(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
+def local_8000(port_8000: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServe]:
     """A local Serve where the commands in the documents find a bot, without a hub."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     local = LocalServe(8000)

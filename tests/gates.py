@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-HANG_S = 60  # only bounds a hang
+HANG_S = 120  # only bounds a hang
 
 
 class Gate:

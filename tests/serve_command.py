@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-READY_S = 120  # only bounds a hang; half a minute is usual
+READY_S = 240  # only bounds a hang; half a minute is usual
 SERVE = Path(sys.executable).with_name("serve")
 # Commands neither use the Ray of other tests nor reach the hub.
 ENVIRONMENT = os.environ | {

@@ -155,6 +155,7 @@ def test_an_allowed_origin_may_send_a_preflight_without_a_key_and_read_the_answe
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
+        "Access-Control-Request-Private-Network": "true",
     }
     status, headers, _ = answer(access, preflight, method="OPTIONS")
     assert (status, headers["access-control-allow-origin"]) == (200, origin)

@@ -24,6 +24,8 @@ from websockets.sync.client import connect
 
 HELLO, STORY = "Hello!", "Tell me a story about dogs."
 PING_MS = 15_000
+# Until Stop works: right after Send, a click counts as the second half of a double click.
+PAUSE = "new Promise(r => setTimeout(r, swapped + DOUBLE_CLICK_MS - performance.now()))"
 RECORD_STATES = """
 states = [];
 new MutationObserver(() => states.push(document.all.state.dataset.is))
@@ -116,14 +118,47 @@ def test_stop_ends_the_reply_and_keeps_the_conversation(page, chatbot, loaded):
     began = reference(loaded, [STORY], 3)
     expect(last_reply(page)).to_have_text(began)
     chatbot.gate.wait("step", 4)
+    page.evaluate(PAUSE)
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("status")).to_have_text("ready")
     assert last_note(page).inner_text().endswith(", stopped")
+    expect(page.locator("#spoken")).to_have_text(f"{began} stopped")
     chatbot.gate.release()
     chatbot.gate.wait("cancelled", 1)
     say(page, HELLO)
     turns = [STORY, began, HELLO]
     expect(last_reply(page)).to_have_text(reference(loaded, turns, CHAT_MAX_NEW_TOKENS))
+
+
+def test_a_message_stopped_before_its_reply_is_said_to_be_forgotten(page, chatbot):
+    chatbot.gate.hold_after(0)
+    visit(page, chatbot)
+    say(page, STORY)
+    chatbot.gate.wait("step", 1)
+    page.keyboard.press("Escape")
+    expect(last_note(page)).to_have_text("0 tokens, stopped; this exchange is not remembered")
+
+
+def test_a_double_click_sends_the_message_and_does_not_stop_its_reply(page, chatbot, loaded):
+    chatbot.gate.hold_after(0)
+    visit(page, chatbot)
+    page.get_by_label("Your message").fill(STORY)
+    page.get_by_role("button", name="Send").dblclick()
+    chatbot.gate.wait("step", 1)
+    chatbot.gate.open()
+    expect(last_reply(page)).to_have_text(reference(loaded, [STORY], CHAT_MAX_NEW_TOKENS))
+    expect(last_note(page)).not_to_contain_text("stopped")
+
+
+def test_a_message_from_right_to_left_is_shown_so(page, chatbot):
+    visit(page, chatbot)
+    page.get_by_label("Your message").fill("שלום, 5 people?")
+    direction = "element => getComputedStyle(element).direction"
+    assert page.get_by_label("Your message").evaluate(direction) == "rtl"
+    page.get_by_role("button", name="Send").click()
+    assert page.locator(".mine").evaluate(direction) == "rtl"
+    expect(page.get_by_role("status")).to_have_text("ready")
+    assert last_note(page).evaluate(direction) == "ltr"
 
 
 def test_a_waiting_user_sees_how_many_prompts_are_ahead(page, chatbot):

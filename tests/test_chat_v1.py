@@ -288,3 +288,10 @@ def test_a_prompt_may_have_options_of_its_own(chatbot, loaded):
         client.prompt(STORY, temperature=3)
         detail = "temperature: Input should be less than or equal to 2"
         assert client.receive() == {"type": "error", "detail": detail}
+
+
+def test_an_option_that_is_null_is_that_of_the_connection(chatbot, loaded):
+    with connect(f"{chatbot.ws}?max_new_tokens=3&stop=x", subprotocols=["chat.v1"]) as websocket:
+        options = dict.fromkeys(["max_new_tokens", "temperature", "seed", "stop"])
+        text, end = Client(websocket).ask(STORY, **options)
+    assert (text, end["finish_reason"]) == (reference(loaded, [STORY], 3), "length")

@@ -242,6 +242,21 @@ def test_a_user_is_told_on_a_terminal_how_many_messages_the_model_has_forgotten(
         assert terminal.end() == 0
 
 
+def test_ctrl_c_leaves_while_the_chat_client_connects_again():
+    def answer(websocket: ServerConnection) -> None:
+        websocket.recv()
+        websocket.close(1012, "this replica ends")
+
+    with chat_server(answer) as url:
+        terminal = Terminal(CHAT, "--url", url)
+        terminal.expect(f"{url}. {HELP}\n>")
+    terminal.type("Hello!\r")
+    waiting = f"waiting up to 60 s for {url} (Ctrl-C leaves)"
+    terminal.wait_for(lambda shown: waiting in shown, waiting)
+    terminal.type("\x03")
+    assert terminal.end() == 130
+
+
 def test_ctrl_c_leaves_the_stream_client_in_the_middle_of_a_reply(bots: Bots, loaded):
     bots.textbot.gate.hold_after(3)
     terminal = Terminal(STREAM, "--url", bots.textbot.http)
@@ -315,6 +330,39 @@ def test_an_unreachable_server_is_a_one_line_error_with_status_1(script, scheme)
     assert ran.stderr.count("\n") == 1
     ran = run(script, "--url", url, "--wait", "1", stdin="Hello!\n")
     assert ran.stderr.startswith(f"waiting up to 1 s for {url} (Ctrl-C leaves)\nnothing answers")
+
+
+@pytest.mark.parametrize("script", [STREAM, CHAT, LOAD])
+@pytest.mark.parametrize("url", ["localhost:8000", "http://localhost:80a/", "http://[::1/"])
+def test_a_bad_url_is_named(script, url):
+    ran = run(script, "--url", url, stdin="Hello!\n")
+    assert ran.returncode == 2
+    assert ran.stderr.endswith(f"--url: {url!r} is not like http://localhost:8000/\n")
+
+
+@pytest.mark.parametrize("script", [STREAM, CHAT])
+def test_a_full_disk_is_named(bots: Bots, script):
+    bot = bots.textbot.http if script == STREAM else bots.chatbot.ws
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, script, "--url", bot],
+            cwd=REPOSITORY,
+            input="Hello!\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANG_S,
+        )
+    assert (ran.stderr, ran.returncode) == ("[Errno 28] No space left on device\n", 1)
+
+
+def test_a_reply_is_printed_even_where_emoji_cannot_be(bots: Bots, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "key").write_text(KEY)
+    key = ["--api-key-file", str(tmp_path / "key")]
+    ran = run(STREAM, EMOJI_PROMPT, "--url", bots.emoji_textbot.http, *key)
+    ascii_reply = EMOJI_REPLY.encode("ascii", "replace").decode()
+    assert (ran.stdout, ran.stderr, ran.returncode) == (ascii_reply + "\n", "", 0)
 
 
 @pytest.mark.parametrize("name", HTTP_BOTS[:2])

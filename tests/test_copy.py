@@ -15,7 +15,7 @@ from products import cases
 from readme import Command, changed, check_output, commands
 from serve_command import ENVIRONMENT, add_libraries, serve_run
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("port_8000")]
 GUIDE = (REPOSITORY / "docs" / "copy.md").read_text()
 COMMANDS = [command for command in commands(GUIDE) if not command.line.startswith("serve run ")]
 RUNS = [command.line for command in commands(GUIDE) if command.line.startswith("serve run ")]
@@ -45,7 +45,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """
     fresh = request.param
     folder = tmp_path_factory.mktemp("copy")
-    ignored = shutil.ignore_patterns(".*", "build")
+    ignored = shutil.ignore_patterns(".*", "build", "__pycache__")
     source = shutil.copytree(REPOSITORY, folder / "source", ignore=ignored)
     assert INSTALL.line.startswith("pip install ")
     run(PREPARE, source, Path(sys.executable).parent, PIP_NO_DEPS=str(int(not fresh)))

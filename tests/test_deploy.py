@@ -43,7 +43,7 @@ RUN, START, DEPLOY_IT, SHUT_DOWN, *KUBERNETES = (
     each.line for each in commands(GUIDE.split("\n## ")[1])
 )
 BOTS = ("textbot", "chatbot", "batchbot", "continuousbot")
-STARTED_S = 180  # only bounds a hang
+STARTED_S = 300  # only bounds a hang
 
 
 # What the files say
@@ -198,6 +198,7 @@ def run_all() -> bool:
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("port_8000")
 @pytest.mark.exhaustive
 def test_serve_run_takes_the_config(checkout, loaded):
     arguments = RUN.removeprefix("serve run ").split()
@@ -245,6 +246,7 @@ def started_ray(tmp_path: Path, environment: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("port_8000")
 def test_serve_deploy_takes_the_config_and_kuberays_probes_succeed(
     started_ray, environment, checkout, loaded
 ):
@@ -273,6 +275,7 @@ def test_serve_deploy_takes_the_config_and_kuberays_probes_succeed(
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("port_8000")
 @pytest.mark.parametrize("fresh", cases([False, True], chosen=lambda fresh: not fresh))
 def test_the_dockerfiles_steps_make_an_environment_that_runs_the_bots(tmp_path, loaded, fresh):
     """Run all steps but those that need root, in a virtual environment, not the base image.

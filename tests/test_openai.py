@@ -53,6 +53,7 @@ def events_of(bot: Bot, **body: Any) -> list[str]:
     response = requests.post(f"{bot.http}v1/chat/completions", json=body, timeout=HANG_S)
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["X-Accel-Buffering"] == "no"
     *events, rest = response.text.split("\n\n")
     assert rest == ""
     return events
@@ -192,11 +193,12 @@ def test_each_request_of_a_batch_gets_its_own_options(bots, loaded):
         {"top_p": 0, "seed": 1},
         {"extra_body": {"top_k": -1}, "temperature": 1.5, "seed": 7},
         {"extra_body": {"top_k": 1}, "seed": 3},
+        {"seed": -1},
     ]
     with ThreadPoolExecutor(len(options)) as callers:
         answers = list(callers.map(lambda each: text_of(complete(bot, LONG, 20, **each)), options))
     greedy = reference(loaded, [LONG], 20)
-    assert [answers[1], answers[3], answers[5]] == [greedy] * 3
+    assert [answers[1], answers[3], answers[5], answers[6]] == [greedy] * 4
     assert answers[0] == answers[4] != greedy
     assert answers[2] not in (greedy, answers[0])
 
@@ -333,10 +335,11 @@ TEMPLATE = (
     ("messages", "turns"),
     [
         ([], [SYSTEM]),
+        ([{"role": "system", "content": " "}], [SYSTEM]),
         ([{"role": "system", "content": "Be brief."}], ["Be brief."]),
         ([{"role": "developer", "content": "Be brief."}], ["Be brief."]),
     ],
-    ids=["the bot's", "the messages'", "a developer's"],
+    ids=["the bot's", "a blank one", "the messages'", "a developer's"],
 )
 def test_the_bots_system_prompt_begins_a_conversation_without_one(
     run_other, loaded, messages, turns
@@ -402,6 +405,10 @@ def test_other_paths_of_openais_api_are_404_in_its_error_format(textbot):
     response = requests.get(f"{textbot.http}v1/chat/completions", timeout=HANG_S)
     assert (response.status_code, list(response.json())) == (405, ["error"])
     assert list(requests.get(f"{textbot.http}v2/", timeout=HANG_S).json()) == ["detail"]
+    body = {"messages": [user("Hello!")]}
+    url = f"{textbot.http}v1/chat/completions/"
+    response = requests.post(url, json=body, timeout=HANG_S, allow_redirects=False)
+    assert (response.status_code, list(response.json())) == (404, ["error"])
 
 
 def test_the_sdk_sends_the_key_and_access_errors_have_openais_format(bots):

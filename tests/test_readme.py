@@ -50,6 +50,7 @@ def test_the_config_for_clients_in_a_container_is_valid():
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("port_8000")
 @pytest.mark.parametrize("name", TRANSCRIPTS)
 def test_serve_run_and_the_clients_print_what_the_readme_shows(checkout, name):
     with serve_run(checkout, f"{name}:app") as printed:

@@ -118,6 +118,15 @@ def test_a_null_in_the_body_is_as_good_as_no_value(bot, loaded):
     assert text == reference(loaded, ["Hello!"], 2)
 
 
+def test_a_body_lost_to_an_upgrade_is_a_400_that_says_so(bot):
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AA"}
+    response = requests.post(bot.http, json={"prompt": "Hello!"}, headers=upgrade)
+    assert response.status_code == 400
+    assert "use HTTP/1.1" in response.json()["detail"]
+    response = requests.post(bot.http, params={"prompt": "Hello!"}, headers=upgrade)  # no body
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [b"Hi!", b'"Hi!"', b"[]", b"[" * 4000, b"[" * 100_000, b'{"prompt": "\\ud800"}', b"\xff"],

@@ -17,8 +17,10 @@ from bot_fixtures import HANG_S, REPOSITORY, reference
 from products import cases
 from readme import check_log, check_transcripts
 from requests.adapters import HTTPAdapter
-from serve_command import ENVIRONMENT, SERVE, serve_run
+from serve_command import ENVIRONMENT, READY_S, SERVE, serve_run
 from urllib3.util import Retry
+
+pytestmark = pytest.mark.usefixtures("port_8000")
 
 
 class Run(NamedTuple):
@@ -29,7 +31,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def textbot(checkout: Path) -> Iterator[Run]:
+def textbot(port_8000: None, checkout: Path) -> Iterator[Run]:
     with (
         early_client(checkout, "stream", "Hello!") as answered,
         serve_run(checkout, "textbot:app") as printed,
@@ -40,7 +42,7 @@ def textbot(checkout: Path) -> Iterator[Run]:
 @contextmanager
 def early_client(folder: Path, name: str, *arguments: str) -> Iterator:
     """Start a client before its bot; yield a function that waits for the client to end."""
-    command = [sys.executable, f"clients/{name}_client.py", *arguments]
+    command = [sys.executable, f"clients/{name}_client.py", "--wait", str(READY_S), *arguments]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=folder, text=True, **pipes) as client:
         waiting = client.stderr.readline()  # before the bot is even started
@@ -56,7 +58,7 @@ def early_client(folder: Path, name: str, *arguments: str) -> Iterator:
 
 def test_a_client_that_is_early_says_so_and_waits(textbot, loaded):
     assert textbot.early.stdout == reference(loaded, ["Hello!"], 256) + "\n"
-    waiting = "waiting up to 60 s for http://localhost:8000/ (Ctrl-C leaves)\n"
+    waiting = f"waiting up to {READY_S} s for http://localhost:8000/ (Ctrl-C leaves)\n"
     assert (textbot.early.stderr, textbot.early.returncode) == (waiting, 0)
 
 
@@ -90,7 +92,7 @@ def test_a_chat_client_that_is_early_says_so_and_waits(checkout, loaded):
     with early_client(checkout, "chat") as answered, serve_run(checkout, "chatbot:app"):
         early = answered()
     assert early.stdout == reference(loaded, ["Hello!"], 256) + "\n"
-    waiting = "waiting up to 60 s for ws://localhost:8000/ (Ctrl-C leaves)\n"
+    waiting = f"waiting up to {READY_S} s for ws://localhost:8000/ (Ctrl-C leaves)\n"
     assert (early.stderr, early.returncode) == (waiting, 0)
 
 

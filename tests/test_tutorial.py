@@ -65,6 +65,7 @@ def test_a_bots_clients_print_what_the_tutorial_shows(local_8000, checkout, targ
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("port_8000")
 @pytest.mark.parametrize("target", ASKED)
 def test_serve_run_and_the_clients_print_what_the_tutorial_shows(checkout, target):
     with serve_run(checkout, *target.split()):

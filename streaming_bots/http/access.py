@@ -53,6 +53,7 @@ def guard(app: ASGIApp, bot: Bot) -> ASGIApp:
         allow_origins=bot.settings.allowed_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],  # SDKs send some of their own; check_head refuses bad ones
+        allow_private_network=True,  # a page of an allowed origin may ask a bot on localhost
         expose_headers=["X-Model", "Retry-After"],
     )
     origins = bot.settings.allowed_origins

@@ -17,6 +17,7 @@ def create_app(title: str) -> FastAPI:
     """Return an app with OpenAI's routes for `serve.ingress`. The bot adds its own routes."""
     api = FastAPI(
         title=title,
+        redirect_slashes=False,  # behind TLS, a redirect would lead to http://
         middleware=[
             Middleware(OutcomeMiddleware),
             Middleware(OpenAIErrorMiddleware),

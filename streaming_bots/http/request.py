@@ -13,7 +13,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import HTTPConnection
 
 from streaming_bots.bot import current_bot
-from streaming_bots.errors import BodyTimeout, PromptTooLong
+from streaming_bots.errors import BodyLost, BodyTimeout, PromptTooLong
 from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.prompt import bytes_allowed
 
@@ -66,7 +66,10 @@ def query_fields(query: QueryParams) -> dict[str, Any]:
 def parse_object(
     data: str | bytes, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS
 ) -> dict[str, Any]:
-    """Parse a JSON object. Raises ValueError with the problem, such as "is not a JSON object"."""
+    """Parse a JSON object, and leave out its nulls.
+
+    Raises ValueError with the problem, such as "is not a JSON object".
+    """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -84,7 +87,7 @@ def parse_object(
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("has a lone surrogate, which is no character") from None
-    return fields
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def json_allowed(tokens: int, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> int:
@@ -93,7 +96,7 @@ def json_allowed(tokens: int, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) 
 
 
 async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> bytes:
-    """Read a body. Raises BodyTimeout, or PromptTooLong if no prompt that fits needs as much."""
+    """Read a body. Raises BodyTimeout, BodyLost, or PromptTooLong if no prompt needs as much."""
     allowed = json_allowed(current_bot().max_prompt_tokens, outside_strings)
     body = bytearray()
     try:
@@ -104,14 +107,15 @@ async def read_body(request: Request, outside_strings: int = MAX_BYTES_OUTSIDE_S
                     raise PromptTooLong(f"the body has more than the {allowed} bytes allowed")
     except TimeoutError:
         raise BodyTimeout(f"the body was not there after {BODY_TIMEOUT_S:.0f} s") from None
+    if not body and request.headers.get("content-length", "0") != "0":
+        raise BodyLost("the body was lost: use HTTP/1.1, without the header Upgrade")
     return bytes(body)
 
 
 def parse_body(body: bytes, outside_strings: int = MAX_BYTES_OUTSIDE_STRINGS) -> dict[str, Any]:
-    """Parse a body, without its nulls. Raises RequestValidationError if it is no JSON object."""
+    """Parse a body. Raises RequestValidationError if it is not a JSON object."""
     try:
-        fields = parse_object(body, outside_strings)
-        return {name: value for name, value in fields.items() if value is not None}
+        return parse_object(body, outside_strings)
     except ValueError as error:
         problem = {"type": "json_invalid", "msg": f"the body {error}", "loc": ("body",)}
         raise RequestValidationError([problem]) from None

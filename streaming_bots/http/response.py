@@ -1,6 +1,6 @@
 """The responses that stream a reply as text."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -25,7 +25,8 @@ class TextStream(StreamingResponse):
             async for chunk in chunks:
                 yield chunk
 
-        super().__init__(body())
+        # Proxies such as nginx pass each chunk on at once.
+        super().__init__(body(), headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache"})
 
     @classmethod
     async def start(cls, reply: Reply | AsyncGenerator[str]) -> "TextStream":
@@ -44,6 +45,3 @@ class EventStream(TextStream):
     """Server-sent events."""
 
     media_type = "text/event-stream"
-
-    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
-        super().init_headers({"Cache-Control": "no-cache"})

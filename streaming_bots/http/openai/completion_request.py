@@ -21,10 +21,10 @@ logger = logging.getLogger("ray.serve")
 MAX_BYTES_OUTSIDE_STRINGS = 65_536  # of a body: a thousand messages, or tools' schemas
 
 # These take values that other servers allow: a `top_p` of 0 keeps only the most likely token, a
-# `top_k` of -1 keeps all tokens, and a seed may be negative.
+# `top_k` of -1 keeps all tokens, and a seed of -1 is none.
 TopP = Annotated[float, Field(ge=0, le=1), NotBoolean, AfterValidator(lambda p: max(p, 1e-6))]
 TopK = Annotated[int, Field(ge=-1), NotBoolean, AfterValidator(lambda k: max(k, 0))]
-Seed = Annotated[int, NotBoolean, AfterValidator(lambda seed: seed % 2**63)]
+Seed = Annotated[int, NotBoolean, AfterValidator(lambda seed: None if seed == -1 else seed % 2**63)]
 AtLeastOne = Annotated[int, Field(ge=1), NotBoolean]
 
 
@@ -96,8 +96,15 @@ class CompletionRequest(ReplyOptions):
         return self
 
     def conversation(self, beginning: list[Message]) -> list[Message]:
-        """Return the messages, after `beginning` unless they include a system prompt."""
-        messages = [message.model_dump() for message in self.messages]
+        """Return the messages, after `beginning` unless they include a system prompt.
+
+        A blank system prompt is none.
+        """
+        messages = [
+            message.model_dump()
+            for message in self.messages
+            if message.role != "system" or message.content.strip()
+        ]
         if any(message["role"] == "system" for message in messages):
             return messages
         return [*beginning, *messages]
