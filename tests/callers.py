@@ -94,7 +94,11 @@ class ChatCaller:
         self.version = ["chat.v1"] if limit else None  # the plain protocol has no limit
         # Entered by hand, since the tests decide how the caller leaves the socket.
         self.websocket = connect(
-            bot.ws, subprotocols=self.version, additional_headers=headers, close_timeout=0
+            bot.ws,
+            subprotocols=self.version,
+            additional_headers=headers,
+            max_queue=None,  # else, no pong is read until the test reads the messages before it
+            close_timeout=0,
         ).__enter__()
         message: dict[str, Any] = {"type": "prompt", "prompt": prompt, "max_new_tokens": limit}
         self.websocket.send(json.dumps(message) if limit else prompt)

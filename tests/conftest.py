@@ -9,7 +9,11 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     haproxy = "haproxy" in config.getoption("markexpr").replace("not haproxy", "")
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy)),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than 5 s
+    }
     if haproxy:  # as in the README; the tests' own handles need a router with a loop
         os.environ |= {
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

@@ -10,10 +10,12 @@ from engines import new_batch, new_streamer
 from openai_clients import complete, text_of, user
 from scripted_model import save_random_model
 from transformers import DynamicCache, MistralConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.continuous_batching.requests import RequestState
 from websockets.sync.client import connect
 
-from streaming_bots.generation.prefix_cache import PrefixCache, byte_size
+from streaming_bots.generation.padding import LENGTH
+from streaming_bots.generation.prefix_cache import PrefixCache, byte_size, crop
 from streaming_bots.models.loaded_model import load_model
 
 TURNS = ["Hi there!", "How are you?", "I am tired.", "Thank you!"]
@@ -123,6 +125,16 @@ def test_a_model_whose_cache_cannot_be_cropped_reads_everything(tmp_path, kind):
     )
     save_random_model(config, tmp_path, context=128)
     assert PrefixCache(load_model(str(tmp_path)).model, 10_000_000).max_bytes == 0
+
+
+def test_a_cache_with_a_layer_that_the_model_leaves_out_cannot_be_cropped():
+    keys = torch.zeros(1, 1, 2 * LENGTH, 4)
+    cache = DynamicCache()
+    cache.update(keys, keys, 0)
+    crop(cache)
+    cache.layers.append(DynamicLayer())
+    with pytest.raises(ValueError, match="a layer does not keep"):
+        crop(cache)
 
 
 def test_a_cache_that_the_model_did_not_use_is_not_kept(cache, loaded):

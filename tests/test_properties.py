@@ -313,10 +313,11 @@ def has_surrogate(value: Any) -> bool:
 
 @property_test
 @given(fields=st.dictionaries(any_text, json_values, max_size=4))
-def test_an_object_is_read_as_it_is_unless_it_has_lone_surrogates(fields):
+def test_an_object_is_read_without_its_nulls_unless_it_has_lone_surrogates(fields):
     written = json.dumps(fields)
     if has_surrogate(json.loads(written)):
         with pytest.raises(ValueError, match="lone surrogate"):
             parse_object(written)
     else:
-        assert repr(parse_object(written)) == repr(fields)  # NaN does not equal itself
+        read = {name: value for name, value in fields.items() if value is not None}
+        assert repr(parse_object(written)) == repr(read)  # NaN does not equal itself

@@ -61,7 +61,10 @@ def options(**fields: object) -> ReplyOptions:
     return ReplyOptions.model_validate({"max_new_tokens": 8, **fields}, context={"limit": 8})
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 0}, {"temperature": 0, "seed": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"temperature": 0}, {"temperature": 0, "seed": 1}, {"temperature": 2, "top_k": 1}],
+)
 def test_a_reply_is_greedy_unless_sampling_is_asked_for(fields):
     assert options(**fields).sampler(CPU) is None
 

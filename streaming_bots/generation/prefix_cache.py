@@ -94,6 +94,6 @@ def can_crop(model: PreTrainedModel) -> bool:
 
 
 def crop(cache: DynamicCache) -> None:
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if any(type(each) is not DynamicLayer or not each.is_initialized for each in cache.layers):
         raise ValueError("a layer does not keep all keys and values")
     cache.crop(-LENGTH)

@@ -145,6 +145,6 @@ class ReplyOptions(BaseModel, extra="forbid", use_attribute_docstrings=True):
         temperature, asked = self.temperature, (self.top_p, self.top_k, self.seed)
         if temperature is None:
             temperature = 0.0 if asked == (None, None, None) else 1.0
-        if temperature < MIN_TEMPERATURE:
+        if temperature < MIN_TEMPERATURE or self.top_k == 1:  # which would draw between equals
             return None
         return Sampler(temperature, self.top_k or 0, self.top_p or 1.0, self.seed, device)
