@@ -40,9 +40,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # One list for each step, with all rows: the row, the text that the step completed, and the
         # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = (
-            False  # where `generate` checks late, a further step may follow, to be ignored
-        )
+        self.stopped = False  # if `generate` checks late, a further step follows, to be ignored
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
