@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TextIO
 
 import pytest
 from bot_fixtures import (
@@ -38,12 +39,15 @@ STREAM, CHAT, LOAD = (f"clients/{name}_client.py" for name in ("stream", "chat",
 STORY = "Tell me a story about dogs."
 
 
-def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *arguments: str, stdin: str = "", stdout: TextIO | int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=REPOSITORY,
         input=stdin,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=HANG_S,
     )
@@ -344,15 +348,7 @@ def test_a_bad_url_is_named(script, url):
 def test_a_full_disk_is_named(bots: Bots, script):
     bot = bots.textbot.http if script == STREAM else bots.chatbot.ws
     with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            [sys.executable, script, "--url", bot],
-            cwd=REPOSITORY,
-            input="Hello!\n",
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=HANG_S,
-        )
+        ran = run(script, "--url", bot, stdin="Hello!\n", stdout=full)
     assert (ran.stderr, ran.returncode) == ("[Errno 28] No space left on device\n", 1)
 
 

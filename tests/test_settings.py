@@ -66,6 +66,8 @@ def test_a_relative_folder_becomes_absolute(model, monkeypatch):
     arguments = BotSettings(model="./model").constructor_arguments()
     assert arguments["model"] == str(model)
     assert "fallback" not in arguments
+    arguments = BotSettings(fallback="./model").constructor_arguments()
+    assert arguments["fallback"] == str(model)
 
 
 def test_the_size_of_a_continuous_batch_reaches_the_bot_and_its_autoscaling():
