@@ -16,7 +16,7 @@ from streaming_bots.generation.sampling import ReplyOptions
 from streaming_bots.models.loaded_model import load_model
 from streaming_bots.models.prompt import Message, encode, system_messages, token_limits
 from streaming_bots.operations.drain import Drain
-from streaming_bots.operations.log import traceback_once
+from streaming_bots.operations.log import not_the_end_of_an_unread_batch, traceback_once
 from streaming_bots.operations.machine import set_threads
 from streaming_bots.operations.metrics import BotMetrics
 from streaming_bots.settings import BotSettings
@@ -51,6 +51,7 @@ class Bot(ABC):
 
     def __init__(self, settings: BotSettings) -> None:
         logger.addFilter(traceback_once)
+        logging.getLogger("asyncio").addFilter(not_the_end_of_an_unread_batch)
         self.settings = settings
         set_threads(settings.threads())  # instead of Ray's default, the reserved cores
         device = "cuda" if settings.num_gpus else "cpu"

@@ -29,6 +29,7 @@ from bot_fixtures import (
 )
 from callers import HttpCaller
 from engines import new_thread, reply_options
+from local_serve import CURRENT
 from ray import serve
 from ray.serve import Application
 from scripted_model import byte_tokenizer, save_random_model
@@ -179,6 +180,24 @@ def test_a_client_that_leaves_stops_its_row_alone(pairs, loaded):
         pairs.gate.wait("left", 1)
         pairs.gate.release()
         assert staying.result() == reference(loaded, [LONG], MAX_NEW_TOKENS)
+
+
+def test_a_reply_that_its_reader_closes_leaves_nothing_in_the_log(batchbot, bots: Bots, caplog):
+    replica = bots.local.replicas["/batchbot"]
+
+    async def read_one_text() -> None:
+        CURRENT.set(replica)
+        reply = await replica.servable_object.start_reply(
+            [{"role": "user", "content": LONG}], reply_options()
+        )
+        assert await anext(reply.chunks)
+        await reply.aclose()
+
+    batchbot.gate.hold_after(3)
+    asyncio.run_coroutine_threadsafe(read_one_text(), bots.local.loop).result(HANG_S)
+    batchbot.gate.release()
+    http_reply(batchbot, SHORT, 2)  # begins after the end of the first batch
+    assert not [record.message for record in caplog.records if record.name == "asyncio"]
 
 
 def test_replies_are_complete_even_if_generate_stops_one_step_late(pairs, loaded, monkeypatch):

@@ -155,8 +155,8 @@ def test_a_client_that_leaves_while_its_request_is_read_counts_as_cancelled(left
     async def leave(*_: object) -> None:
         raise left
 
-    with pytest.raises(left):
-        asyncio.run(OutcomeMiddleware(leave)({"type": "http", "method": "POST"}, leave, leave))
+    # It does not raise what would be a traceback in Serve's log.
+    asyncio.run(OutcomeMiddleware(leave)({"type": "http", "method": "POST"}, leave, leave))
     assert outcomes == ["cancelled"]
 
 

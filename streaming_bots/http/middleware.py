@@ -44,7 +44,7 @@ class OutcomeMiddleware:
             elif complete:
                 outcome = "finished"
         except CLIENT_LEFT:
-            raise
+            pass  # raised, it would only fill Serve's log with tracebacks
         except Exception:
             outcome = "failed"
             raise

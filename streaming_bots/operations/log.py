@@ -1,4 +1,4 @@
-"""A filter for Serve's log."""
+"""Filters for the logs of Serve and asyncio."""
 
 import logging
 
@@ -12,3 +12,11 @@ def traceback_once(record: logging.LogRecord) -> bool:
             record.msg = f"{record.msg} {type(error).__name__}, see above."
         error.was_logged = True  # type: ignore[attr-defined]
     return True
+
+
+def not_the_end_of_an_unread_batch(record: logging.LogRecord) -> bool:
+    """Drop asyncio's complaint that nobody has read a StopAsyncIteration.
+
+    If a client leaves, `@serve.batch` ends that client's stream in a future that no one reads.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], StopAsyncIteration))
