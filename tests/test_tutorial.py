@@ -46,7 +46,8 @@ def test_the_tutorial_has_2000_to_3000_words_beside_its_code():
 def test_the_tutorial_shows_each_bot_and_each_experiment():
     smallest, *bots = ASKED
     assert smallest.startswith("docs.smallest_bot:build ")
-    assert bots == ["textbot:app", "chatbot:app", "batchbot:app", "continuousbot:app"]
+    names = ["textbot", "chatbot", "batchbot", "continuousbot"]
+    assert bots == [f"{name}:build model=tiny-dialog" for name in names]
     assert all(ASKED.values())
     folder = REPOSITORY / "docs" / "experiments"
     files = {path.stem for path in folder.glob("*.py") if "def main" in path.read_text()}
