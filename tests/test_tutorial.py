@@ -60,7 +60,8 @@ def test_a_bots_clients_print_what_the_tutorial_shows(local_8000, checkout, targ
     module, name = place.split(":")
     app = getattr(import_module(module), name)
     if name == "build":
-        app = app(dict(argument.split("=") for argument in arguments))
+        settings, _ = app.__annotations__.values()  # of the argument, and of the result
+        app = app(settings(**dict(argument.split("=") for argument in arguments)))
     local_8000.run(app, "")
     check_commands(ASKED[target], checkout)
 
