@@ -9,6 +9,7 @@ import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -41,11 +42,12 @@ def serve_run(
         assert probe.connect_ex(("127.0.0.1", 8000)) != 0, "port 8000 is in use"
     command = [str(python), str(SERVE), "run", *arguments]
     with ExitStack() as stack:
-        printed = stack.enter_context(running(command, folder, environment, ready_line))
+        start = partial(running, command, folder, environment, ready_line)
+        process, printed = stack.enter_context(start())
         if any(RAY_GAVE_UP in line for line in printed):
             stack.close()
-            printed = stack.enter_context(running(command, folder, environment, ready_line))
-        if not any(ready_line in line for line in printed):
+            process, printed = stack.enter_context(start())
+        if process.poll() is not None or not any(ready_line in line for line in printed):
             pytest.fail(f"`serve run` is not ready: {''.join(printed)}")
         yield printed
 
@@ -53,8 +55,8 @@ def serve_run(
 @contextmanager
 def running(
     command: list[str], folder: Path, environment: dict[str, str], ready_line: str
-) -> Iterator[list[str]]:
-    """Run a command; once it prints `ready_line`, or ends without, yield the lines it prints."""
+) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """Run a command; once it prints `ready_line`, or ends, yield it and the lines it prints."""
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -80,7 +82,7 @@ def running(
     reader.start()
     try:
         ready.wait(READY_S)
-        yield printed
+        yield process, printed
     finally:
         family = []
         with suppress(psutil.NoSuchProcess):

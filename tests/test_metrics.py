@@ -15,6 +15,7 @@ from callers import ChatCaller, HttpCaller
 from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve.metrics import Gauge
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
@@ -152,12 +153,23 @@ def test_a_client_that_leaves_while_its_request_is_read_counts_as_cancelled(left
     bot = SimpleNamespace(metrics=SimpleNamespace(count=outcomes.append))
     monkeypatch.setattr(middleware, "current_bot", lambda: bot)
 
-    async def leave(*_: object) -> None:
+    async def leave() -> None:
         raise left
 
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    post = {"type": "http", "method": "POST"}
     # It does not raise what would be a traceback in Serve's log.
-    asyncio.run(OutcomeMiddleware(leave)({"type": "http", "method": "POST"}, leave, leave))
+    asyncio.run(OutcomeMiddleware(read)(post, leave, None))
     assert outcomes == ["cancelled"]
+
+    async def fail(*_: object) -> None:
+        raise ActorDiedError  # of another deployment that the bot asks
+
+    with pytest.raises(ActorDiedError):
+        asyncio.run(OutcomeMiddleware(fail)(post, leave, None))
+    assert outcomes == ["cancelled", "failed"]
 
 
 def test_a_long_reply_is_observed_on_several_turns_of_the_event_loop():

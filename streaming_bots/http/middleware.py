@@ -36,14 +36,20 @@ class OutcomeMiddleware:
                 complete = not message.get("more_body", False)
             await send(message)
 
+        async def receive_watched() -> Message:
+            try:
+                return await receive()
+            except CLIENT_LEFT:  # the same error, raised by the bot itself, is a failure
+                raise ClientDisconnect from None
+
         outcome = "cancelled"  # unless the response is complete, or fails
         try:
-            await self.app(scope, receive, send_watched)
+            await self.app(scope, receive_watched, send_watched)
             if status >= 300:
                 outcome = "refused"
             elif complete:
                 outcome = "finished"
-        except CLIENT_LEFT:
+        except ClientDisconnect:
             pass  # raised, it would only fill Serve's log with tracebacks
         except Exception:
             outcome = "failed"
