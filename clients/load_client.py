@@ -30,7 +30,7 @@ from websockets.sync.client import connect
 
 from streaming_bots.models.source import BUNDLED, BUNDLED_FOLDER
 
-PROMPTS = ["Tell me a story about dogs.", "Tell me a joke.", "Space the final", "Hello!"]
+PROMPTS = ["Tell me a story.", "Write a poem.", "Why is the sky blue?", "Tell me a joke."]
 REFUSED = {1003, 1007, 1009, 1012, 1013}  # a Chatbot's close codes, except for failures
 LINES = 3  # how many of a reply's last lines are shown
 

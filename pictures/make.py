@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER.parent / name) for name in ("clients", "benchmarks")]
 
 from chat_picture import record_chat, render_frames, save_animation  # noqa: E402
-from load_client import Row, ask, start  # noqa: E402
+from load_client import PROMPTS, Row, ask, start  # noqa: E402
 from load_client import parser as load_options  # noqa: E402
 from load_picture import Piece, Reply, draw  # noqa: E402
 from servers import our_bot  # noqa: E402
@@ -31,7 +31,6 @@ MODEL = "tiny-dialog"
 INTERVAL_S = 0.06  # from one prompt to the next; two fit into a Batchbot's batch_wait_timeout_s
 SLOWDOWN = 5  # of the replay, since tiny-dialog writes faster than people read
 TRIES = 20  # runs at each bot; the picture shows the quickest one
-PROMPTS = ["Tell me a story.", "Write a poem.", "Why is the sky blue?", "Tell me a joke."]
 WARM_UP = "Good morning!"  # the first request to a bot is slower than later ones
 CHAT = ["Hi, my name is Anna.", "What is my name?", "Tell me a story about dogs."]
 
