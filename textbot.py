@@ -64,7 +64,7 @@ class Textbot(Bot):
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:  # always: on a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
-            self.metrics.record_reply(streamer)  # how it ended, its tokens and times
+            self.metrics.record_reply(streamer)  # its tokens, and when they came
 
 
 def build(settings: BotSettings) -> serve.Application:
