@@ -40,7 +40,7 @@ class RawStreamer(BaseStreamer, StoppingCriteria):
         # One list for each step, with all rows: the row, the text that the step completed, and the
         # row's end or None. The model's thread puts the lists, and the event loop reads them.
         self.steps: TokenQueue[list[tuple[Row, str, Item | None]]] = TokenQueue()
-        self.stopped = False  # on Apple's GPUs, `generate` checks one step late: ignore that step
+        self.stopped = False  # the last answer; on Apple's GPUs, one more step follows it
         self.kept: list[int] = []  # indices of the rows with which `generate` is called again
         self.cancelled = False
 
@@ -139,7 +139,7 @@ class Batchbot(Bot):
             row.cancelled = row.end is None  # left out of its batch, or ended at its next token
             self.metrics.waiting.discard(row)
             self.metrics.running.discard(row)
-            self.metrics.record_reply(row)  # its tokens, and when they came
+            self.metrics.record_reply(row)  # counts its tokens, and how long each took
 
     @serve.batch()  # reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:

@@ -108,7 +108,7 @@ class Chatbot(Bot):
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:
             self.engine.cancel(streamer)  # stops or dequeues a reply that has not ended
-            self.metrics.record_reply(streamer)  # its tokens, and when they came
+            self.metrics.record_reply(streamer)  # counts its tokens, and how long each took
 
 
 def build(settings: ChatbotSettings) -> serve.Application:

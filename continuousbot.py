@@ -59,7 +59,7 @@ class Continuousbot(Bot):
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:  # always: on a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # if it has not ended, it leaves before the next step
-            self.metrics.record_reply(streamer)  # its tokens, and when they came
+            self.metrics.record_reply(streamer)  # counts its tokens, and how long each took
 
 
 def build(settings: ContinuousbotSettings) -> serve.Application:

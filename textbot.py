@@ -64,7 +64,7 @@ class Textbot(Bot):
                 yield text  # a slow client does not slow the model: the streamer buffers
         finally:  # always: on a disconnect, the wait is cancelled, or TextStream closes this
             self.engine.cancel(streamer)  # stops or dequeues a run that has not ended
-            self.metrics.record_reply(streamer)  # its tokens, and when they came
+            self.metrics.record_reply(streamer)  # counts its tokens, and how long each took
 
 
 def build(settings: BotSettings) -> serve.Application:

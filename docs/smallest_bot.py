@@ -1,6 +1,6 @@
 """The smallest bot that streams, without our library: `serve run docs.smallest_bot:app`.
 
-Run it from the root of the repository. If the Hugging Face hub is unreachable, serve another model:
+Run it from the root of the repository. If the Hugging Face hub is unreachable, serve tiny-dialog:
 `serve run docs.smallest_bot:build model=streaming_bots/models/tiny_dialog`.
 
 It reports a failure, but a client that leaves keeps the model busy, requests compete for the cores,
