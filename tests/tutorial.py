@@ -8,6 +8,7 @@ from bot_fixtures import REPOSITORY
 TUTORIAL = (REPOSITORY / "docs" / "tutorial.md").read_text()
 SOURCES = [
     *(REPOSITORY / f"{name}.py" for name in ("textbot", "chatbot", "batchbot", "continuousbot")),
+    *sorted((REPOSITORY / "clients").glob("*.py")),
     *sorted((REPOSITORY / "docs").rglob("*.py")),
     *sorted((REPOSITORY / "streaming_bots").rglob("*.py")),
 ]
