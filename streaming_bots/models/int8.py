@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from streaming_bots.models.bfloat16 import linear_layers
 from streaming_bots.operations.machine import returning_freed_memory
 
-LAYERS = (nn.Linear, Conv1D)
 TINY = torch.finfo(torch.float32).tiny
 
 # The inputs of a layer that are much larger than its others here are so in any text
@@ -101,15 +100,12 @@ def to_int8(model: PreTrainedModel, sample: Sequence[int]) -> None:
     """
     levels = input_levels()
     input_ids = torch.tensor([sample])
-    names = [name for name, module in model.named_modules() if type(module) in LAYERS]
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note_largest) for name in names]
+    hooks = [layer.register_forward_pre_hook(note_largest) for _, layer, _ in linear_layers(model)]
     model(input_ids)
     for hook in hooks:
         hook.remove()
     with returning_freed_memory():
-        for name in names:
-            layer: Any = model.get_submodule(name)
-            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        for name, layer, weight in linear_layers(model):
             inputs = getattr(layer, "largest", torch.ones(weight.shape[1]))
             model.set_submodule(name, Int8Linear(weight, layer.bias, inputs, levels))
     embeddings: list[Any] = [each for each in model.modules() if isinstance(each, nn.Embedding)]

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from streaming_bots.models.bfloat16 import pack
 from streaming_bots.models.int8 import SAMPLE, to_int8
 from streaming_bots.models.loading_progress import report_progress
 from streaming_bots.models.source import ModelError, Source, resolve
@@ -80,6 +81,8 @@ def _load_model(name: str, dtype: str, fallback: str | None, device: str) -> Loa
         return _load_model(fallback, dtype, None, device)
     model.to(device)
     model.generation_config = greedy_config(model, tokenizer)
+    if device == "cpu":
+        pack(model)
     return LoadedModel(source.served_name, model, tokenizer, context)
 
 
