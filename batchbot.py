@@ -141,7 +141,7 @@ class Batchbot(Bot):
             self.metrics.running.discard(row)
             self.metrics.record_reply(row)  # counts its tokens, and how long each took
 
-    @serve.batch()  # reconfigure sets its size and timeout
+    @serve.batch()  # one batch at a time; reconfigure sets its size and timeout
     async def run_model(self, rows: list[Row]) -> AsyncGenerator[list[Item]]:
         """Run a batch. Serve gives callers the items at their index, until they end or leave."""
         self.model_is_free.clear()

@@ -25,8 +25,8 @@ class Textbot(Bot):
 
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BotSettings(model=model, **settings))  # loads the model and tokenizer
-        # One thread calls generate_text for one streamer after another. If generate_text raises,
-        # the streamer's `async for` does. If the model makes no progress for stall_timeout_s, all
+        # One thread calls generate_text for one streamer after another. If that raises, only this
+        # streamer's `async for` does, too. If the model makes no progress for stall_timeout_s, all
         # streamers raise, and so do `submit` and Bot.check_health: Serve replaces the replica.
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 
@@ -50,10 +50,10 @@ class Textbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # KV cache of the prompt's known beginning
+            past_key_values=streamer.past_key_values,  # the engine's KV cache of a known beginning
             max_new_tokens=streamer.options.max_new_tokens,  # fewer if an end token comes first
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # passes whole characters to the event loop: call_soon_threadsafe
+            streamer=streamer,  # passes whole characters, then the end: loop.call_soon_threadsafe
             stopping_criteria=[streamer],  # ends it when cancelled, or at a stop string (not sent)
         )
 
