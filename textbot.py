@@ -50,10 +50,10 @@ class Textbot(Bot):
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=streamer.past_key_values,  # the engine's KV cache of a known beginning
+            past_key_values=streamer.past_key_values,  # KV cache of the prompt's known beginning
             max_new_tokens=streamer.options.max_new_tokens,  # fewer if an end token comes first
             logits_processor=[SamplingLogitsProcessor([streamer.options.sampler(prompt.device)])],
-            streamer=streamer,  # passes whole characters, then the end: loop.call_soon_threadsafe
+            streamer=streamer,  # passes whole characters and the end by loop.call_soon_threadsafe
             stopping_criteria=[streamer],  # ends it when cancelled, or at a stop string (not sent)
         )
 
