@@ -81,7 +81,7 @@ def test_the_copied_bot_runs_and_can_be_changed_as_the_guide_shows(service):
     (test,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (service / "test_helpbot.py").write_text(test)
     programs = service / ".venv" / "bin"
-    assert "5 passed" in run(TEST, service, programs)
+    assert "7 passed" in run(TEST, service, programs)
     (project,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     (service / "pyproject.toml").write_text(project)
     assert version("ray-serve-streaming-bots") in project
