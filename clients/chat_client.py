@@ -76,7 +76,7 @@ def main() -> None:
     with exit_on_error(options):
         model = wait_until_ready(options, headers)
         if is_typed():
-            print(f"{model or options.url}. {HELP}", file=sys.stderr)
+            print(f"{model or options.url}.\n{HELP}", file=sys.stderr)
         with ChatConnection(options, headers) as connection:
             for prompt in prompts():
                 if prompt is None:

@@ -16,7 +16,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from websockets.exceptions import WebSocketException
 
-HELP = "Alt-Enter breaks a line, Ctrl-C stops a reply, /reset starts anew, /quit or Ctrl-D leaves."
+HELP = "Alt-Enter breaks a line, Ctrl-C stops a reply, /reset starts anew, /quit ends."
 STOP = '{"type": "stop"}'
 keys = KeyBindings()
 

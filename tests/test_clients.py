@@ -123,7 +123,7 @@ def test_the_chat_client_prints_text_as_it_arrives(bots: Bots):
 def chat_on_a_terminal(bot: Bot) -> tuple[Terminal, str]:
     """Return a chat client that waits for a prompt, and the lines at the top of its screen."""
     terminal = Terminal(CHAT, "--url", bot.ws)
-    top = f"tiny-dialog. {HELP}\n"
+    top = f"tiny-dialog.\n{HELP}\n"
     terminal.expect(f"{top}>")
     return terminal, top
 
@@ -237,7 +237,7 @@ def test_a_user_is_told_on_a_terminal_how_many_messages_the_model_has_forgotten(
 
     with chat_server(answer) as url:
         terminal = Terminal(CHAT, "--url", url, "--wait", "0")
-        top = f"{url}. {HELP}\n"
+        top = f"{url}.\n{HELP}\n"
         terminal.expect(f"{top}>")
         terminal.type("Hello!\r")
         told = "(1 ahead)\nHi!\n(the first 2 messages are forgotten)"
@@ -253,7 +253,7 @@ def test_ctrl_c_leaves_while_the_chat_client_connects_again():
 
     with chat_server(answer) as url:
         terminal = Terminal(CHAT, "--url", url)
-        terminal.expect(f"{url}. {HELP}\n>")
+        terminal.expect(f"{url}.\n{HELP}\n>")
     terminal.type("Hello!\r")
     waiting = f"waiting up to 60 s for {url} (Ctrl-C leaves)"
     terminal.wait_for(lambda shown: waiting in shown, waiting)
