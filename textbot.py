@@ -26,7 +26,7 @@ class Textbot(Bot):
     def __init__(self, model: str, **settings: Any) -> None:
         super().__init__(BotSettings(model=model, **settings))  # loads the model and tokenizer
         # One thread calls generate_text for one streamer after another. If that raises, only this
-        # streamer's `async for` does, too. If the model makes no progress for stall_timeout_s, all
+        # streamer's `async for` raises. If the model makes no progress for stall_timeout_s, all
         # streamers raise, and so do `submit` and Bot.check_health: Serve replaces the replica.
         self.engine = ModelThread(self.model, self.generate_text, self.settings, self.metrics)
 

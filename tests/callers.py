@@ -5,12 +5,15 @@ import json
 import os
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-from bot_fixtures import HANG_S, Bot
+from bot_fixtures import HANG_S, Bot, reference
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
+
+from streaming_bots.models.loaded_model import LoadedModel
 
 REFUSED = (1003, 1007, 1009, 1013)  # WebSocket close codes
 
@@ -155,3 +158,15 @@ def leave(sock: socket.socket, way: str) -> None:
     if way == "reset":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     os.close(sock.detach())  # even if a file of the socket is still open
+
+
+def check_replies(
+    bot: Bot, caller: type[HttpCaller] | type[ChatCaller], loaded: LoadedModel
+) -> None:
+    """Ask for four replies at once, each of which must be what `generate` writes alone."""
+    prompts = ["Hello!", "How are you today?", "I am tired.", "Tell me about your dog."]
+    callers = [caller(bot, prompt, 40) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert [*pool.map(lambda each: each.outcome(), callers)] == ["finished"] * 4
+    for prompt, each in zip(prompts, callers, strict=True):
+        assert each.text == reference(loaded, [prompt], 40)

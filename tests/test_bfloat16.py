@@ -1,12 +1,11 @@
 """models/bfloat16.py: packed weights on a CPU, where it has products of bfloat16."""
 
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from bot_fixtures import reference
-from callers import HttpCaller
+from callers import HttpCaller, check_replies
 from scripted_model import save_random_model
 from torch import nn
 from transformers import (
@@ -48,7 +47,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(IDS).logits
 
 
-def unpacked(folder: str) -> PreTrainedModel:
+def unpacked(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
@@ -111,10 +110,4 @@ def test_packing_needs_memory_for_one_layer_more(tmp_path, monkeypatch):
 def test_a_bot_replies_as_generate_does(run_other):
     settings = ContinuousbotSettings(model=BUNDLED, dtype="bfloat16")
     bot = run_other(settings.bind(Continuousbot))
-    prompts = ["Hello!", "How are you today?", "I am tired.", "Tell me about your dog."]
-    callers = [HttpCaller(bot, prompt, 40) for prompt in prompts]
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        assert [*pool.map(lambda caller: caller.outcome(), callers)] == ["finished"] * 4
-    loaded = load_model(BUNDLED, "bfloat16")
-    for prompt, caller in zip(prompts, callers, strict=True):
-        assert caller.text == reference(loaded, [prompt], 40)
+    check_replies(bot, HttpCaller, load_model(BUNDLED, "bfloat16"))

@@ -1,12 +1,10 @@
 """models/int8.py: 8-bit weights, in every bot."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from bot_fixtures import reference
-from callers import ChatCaller, HttpCaller
+from callers import ChatCaller, HttpCaller, check_replies
 from scripted_model import save_random_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
@@ -160,13 +158,7 @@ BOTS = {
 def test_a_bot_replies_as_generate_does(name, run_other, loaded_int8):
     deployment, settings, options = BOTS[name]
     bot = run_other(settings(model=BUNDLED, dtype="int8", **options).bind(deployment))
-    prompts = ["Hello!", "How are you today?", "I am tired.", "Tell me about your dog."]
-    new = ChatCaller if "chatbot" in name else HttpCaller
-    callers = [new(bot, prompt, 40) for prompt in prompts]
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        assert [*pool.map(lambda caller: caller.outcome(), callers)] == ["finished"] * 4
-    for prompt, caller in zip(prompts, callers, strict=True):
-        assert caller.text == reference(loaded_int8, [prompt], 40)
+    check_replies(bot, ChatCaller if "chatbot" in name else HttpCaller, loaded_int8)
 
 
 def test_a_gpu_is_refused_with_the_reason():
